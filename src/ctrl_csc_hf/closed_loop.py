@@ -1,0 +1,247 @@
+"""One step of the game between encoder and decoder: closed-loop transcription (CTRL).
+
+    x -> z = f(x) -> xh = g(z) -> zh = f(xh)
+
+    encoder: minimise L_f = -J(z, zh) + w_f S(z, zh) + w_a S(z, z_a) + w_E E(x)
+    decoder: minimise L_g = +J(z, zh) + w_g S(z, zh)
+
+J is the utility (an objective of rate_reduction.py), S self-consistency, E the sparse-coding energy, z_a = f(tau(x))
+the latents of augmented images. Dai et al., Entropy 24(4):456, 2022; Tong et al., CPAL 2024.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from .modeling_ctrl_csc import CtrlCscModel
+from .rate_reduction import (
+    coding_rate,
+    cosine_distance,
+    multiclass_objective,
+    rate_reduction,
+    sample_rate_reduction,
+    unsupervised_objective,
+)
+
+OBJECTIVES = ("binary", "multi", "unsupervised")
+PLAYS = ("simultaneous", "alternating")
+CONSISTENCIES = ("cosine", "rate")
+
+
+@dataclass(frozen=True)
+class ClosedLoopObjective:
+    """What the two players minimise.
+
+    Args:
+        objective: J. "binary": dR(Z, Zh); "multi": CTRL-Multi, with labels; "unsupervised": R(Z) + dR(Z, Zh).
+        distortion: eps^2 of the coding rates.
+        num_classes: of the labels; "multi" needs it.
+        consistency: S. "cosine": mean of 1 - cos(z_i, zh_i); "rate": mean of dR(z_i, zh_i).
+        encoder_consistency: w_f, weight of S in the encoder's loss.
+        decoder_consistency: w_g, weight of S in the decoder's loss.
+        augmentation_consistency: w_a, weight of S between z and the latents of augmented images.
+        energy: w_E, weight of the sparse-coding energy per pixel.
+
+    Raises:
+        ValueError: for a value that is not allowed; the message names it.
+    """
+
+    objective: str = "binary"
+    distortion: float = 0.5
+    num_classes: int | None = None
+    consistency: str = "cosine"
+    encoder_consistency: float = 0.0
+    decoder_consistency: float = 0.0
+    augmentation_consistency: float = 0.0
+    energy: float = 0.0
+
+    def __post_init__(self) -> None:
+        for name, allowed in (("objective", OBJECTIVES), ("consistency", CONSISTENCIES)):
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{name} must be one of {allowed}, got {getattr(self, name)!r}")
+        for name in ("encoder_consistency", "decoder_consistency", "augmentation_consistency", "energy"):
+            if not 0 <= getattr(self, name) < float("inf"):
+                raise ValueError(f"{name} must be a finite number of at least 0, got {getattr(self, name)!r}")
+        if not self.distortion > 0:
+            raise ValueError(f"distortion must be positive, got {self.distortion!r}")
+        if self.objective == "multi" and not self.num_classes:
+            raise ValueError(f"num_classes must be a positive integer for objective='multi', got {self.num_classes!r}")
+
+    def utility(self, latents: Tensor, reconstructed: Tensor, labels: Tensor | None) -> Tensor:
+        """J(Z, Zh): latents z and zh (n, d), labels (n,) for "multi" -> scalar, in nats."""
+        if self.objective == "multi":
+            if labels is None:
+                raise ValueError("labels must be given for objective='multi', got None")
+            return multiclass_objective(
+                latents, reconstructed, labels, self.num_classes, distortion=self.distortion
+            )
+        utility = rate_reduction if self.objective == "binary" else unsupervised_objective
+        return utility(latents, reconstructed, distortion=self.distortion)
+
+    def self_consistency(self, latents: Tensor, reconstructed: Tensor) -> Tensor:
+        """S: the mean over the batch, 0 where each zh_i points where z_i does."""
+        if self.consistency == "cosine":
+            return cosine_distance(latents, reconstructed).mean()
+        return sample_rate_reduction(latents, reconstructed, distortion=self.distortion).mean()
+
+
+@dataclass
+class ClosedLoopFigures:
+    """Of one step, detached scalars: dR(Z, Zh), R(Z), R(Zh) in nats; S; PSNR of the batch in dB; both losses."""
+
+    rate_reduction: Tensor
+    rate: Tensor
+    reconstructed_rate: Tensor
+    consistency: Tensor
+    psnr: Tensor
+    encoder_loss: Tensor
+    decoder_loss: Tensor
+
+
+class ClosedLoop:
+    """Plays the game, one step a call.
+
+    Args:
+        model: the two players.
+        objective: what they minimise.
+        encoder_optimizer: of the encoder's parameters, and of all that the players share.
+        decoder_optimizer: of the decoder's other parameters.
+        play: "simultaneous": one pass of the loop gives both players' gradients, equal to those of two passes at
+            the same parameters; "alternating": the decoder answers the encoder's step, at the price of another
+            pass.
+
+    Raises:
+        ValueError: for an unknown `play`.
+        FloatingPointError: from `step`, where a loss is not finite; no optimiser has stepped with it.
+    """
+
+    def __init__(
+        self,
+        model: CtrlCscModel,
+        objective: ClosedLoopObjective,
+        encoder_optimizer: Optimizer,
+        decoder_optimizer: Optimizer,
+        *,
+        play: str = "simultaneous",
+    ) -> None:
+        if play not in PLAYS:
+            raise ValueError(f"play must be one of {PLAYS}, got {play!r}")
+        self.model = model
+        self.objective = objective
+        self.optimizers = (encoder_optimizer, decoder_optimizer)
+        self.play = play
+
+    def step(
+        self, pixel_values: Tensor, labels: Tensor | None = None, augmented: Tensor | None = None
+    ) -> ClosedLoopFigures:
+        """One step of both players.
+
+        Args:
+            pixel_values: x (n, C, H, W), in [-1, 1].
+            labels: y (n,), for objective "multi".
+            augmented: tau(x) (n, C, H, W), where `augmentation_consistency` is above 0.
+        """
+        if self.play == "simultaneous":
+            figures = self.backward(pixel_values, labels, augmented)
+            self._apply_gradients()
+        else:
+            figures = self.backward(pixel_values, labels, augmented, players=("encoder",))
+            self._apply_gradients()
+            self.backward(pixel_values, labels, players=("decoder",))
+            self._apply_gradients()
+        return figures
+
+    def backward(
+        self,
+        pixel_values: Tensor,
+        labels: Tensor | None = None,
+        augmented: Tensor | None = None,
+        players: Sequence[str] = ("encoder", "decoder"),
+    ) -> ClosedLoopFigures:
+        """Adds dL_f/dtheta and dL_g/deta to the players' gradients, from one pass of the loop.
+
+        The decoder's input is z.detach() and the second encoding's a copy of xh, so each player's gradient is
+        its own. The decoder's is dL_g/dxh, pushed through g; dL_g/dxh = -dL_f/dxh where S has no weight, and
+        otherwise takes a second backward pass through f, by its input alone.
+        """
+        objective, encoder, decoder = self.objective, self.model.encoder, self.model.decoder
+        encoder_plays, decoder_plays = "encoder" in players, "decoder" in players
+        with torch.set_grad_enabled(encoder_plays):
+            encoded = encoder(
+                pixel_values, output_energy=objective.energy > 0, update_statistics=encoder_plays
+            )
+        z = encoded.latents
+        with torch.set_grad_enabled(decoder_plays):
+            xh = decoder(z.detach(), update_statistics=decoder_plays).reconstruction
+        second_input = xh.detach().requires_grad_(decoder_plays)
+        zh = encoder(second_input, update_statistics=False).latents
+
+        utility = objective.utility(z, zh, labels)
+        consistency = objective.self_consistency(z, zh)
+        encoder_loss = -utility + objective.encoder_consistency * consistency
+        decoder_loss = utility + objective.decoder_consistency * consistency
+        if encoder_plays and objective.energy:
+            encoder_loss = encoder_loss + objective.energy * encoded.energy.mean()
+        if encoder_plays and objective.augmentation_consistency:
+            if augmented is None:
+                raise ValueError("augmented must be given where augmentation_consistency is above 0, got None")
+            z_augmented = encoder(augmented, update_statistics=False).latents
+            encoder_loss = encoder_loss + objective.augmentation_consistency * objective.self_consistency(
+                z, z_augmented
+            )
+        for name, loss in (("encoder", encoder_loss), ("decoder", decoder_loss)):
+            if not torch.isfinite(loss):
+                raise FloatingPointError(f"the {name}'s loss is {loss.item()}")
+
+        pure_game = objective.encoder_consistency == objective.decoder_consistency == 0
+        if encoder_plays and decoder_plays and pure_game:
+            encoder_loss.backward()
+            xh.backward(-second_input.grad)
+        else:
+            if decoder_plays:
+                (xh_gradient,) = torch.autograd.grad(decoder_loss, second_input, retain_graph=encoder_plays)
+            if encoder_plays:
+                encoder_loss.backward(inputs=[p for p in encoder.parameters() if p.requires_grad])
+            if decoder_plays:
+                xh.backward(xh_gradient)
+        return self._figures(pixel_values, xh, z, zh, consistency, encoder_loss, decoder_loss)
+
+    def _apply_gradients(self) -> None:
+        for optimizer in self.optimizers:  # a parameter without gradient stays, its moments too
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+        self.model.project_parameters()
+
+    @torch.no_grad()
+    def _figures(
+        self,
+        x: Tensor,
+        xh: Tensor,
+        z: Tensor,
+        zh: Tensor,
+        consistency: Tensor,
+        encoder_loss: Tensor,
+        decoder_loss: Tensor,
+    ) -> ClosedLoopFigures:
+        distortion = self.objective.distortion
+        squared_error = (x - xh).float().square().flatten(1).mean(dim=1)
+        return ClosedLoopFigures(
+            rate_reduction=rate_reduction(z, zh, distortion=distortion),
+            rate=coding_rate(z, distortion=distortion),
+            reconstructed_rate=coding_rate(zh, distortion=distortion),
+            consistency=consistency.detach(),
+            psnr=(10 * torch.log10(4 / squared_error)).mean(),
+            encoder_loss=encoder_loss.detach(),
+            decoder_loss=decoder_loss.detach(),
+        )
+
+
+def player_parameters(model: CtrlCscModel) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
+    """The parameters of the encoder's optimiser and of the decoder's: what they share belongs to the encoder's."""
+    encoder = [parameter for parameter in model.encoder.parameters() if parameter.requires_grad]
+    shared = {id(parameter) for parameter in encoder}
+    decoder = [p for p in model.decoder.parameters() if p.requires_grad and id(p) not in shared]
+    return encoder, decoder

@@ -1,0 +1,342 @@
+"""CTRL-CSC: an image as a multi-stage sparse deconvolution, and its encoder, multi-stage convolutional sparse coding.
+
+Dai et al., "Closed-Loop Transcription via Convolutional Sparse Coding", CPAL 2024 (arXiv 2302.09347).
+
+    image x -> encoder f -> latents z, unit vectors -> decoder g -> reconstruction xh (-> f -> zh)
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.utils import ModelOutput
+
+from .configuration_ctrl_csc import CtrlCscConfig
+from .sparse_coding import ConvolutionalDictionary, ConvolutionalSparseCoding
+
+LATENT_EPS = 1e-6  # in z / sqrt(|z|^2 + eps)
+SMALLEST_GAMMA = 0.05  # of a batch norm that the decoder inverts
+
+
+@dataclass
+class CtrlCscEncoderOutput(ModelOutput):
+    """
+    latents: (n, latent_dim), unit vectors.
+    codes: of every sparse-coding stage (n, stage_channels[l], h_l, w_l), non-negative; where asked for.
+    energy: (n,), the stages' sparse-coding energies summed and divided by the image's pixels; where asked for.
+    """
+
+    latents: Tensor | None = None
+    codes: tuple[Tensor, ...] | None = None
+    energy: Tensor | None = None
+
+
+@dataclass
+class CtrlCscDecoderOutput(ModelOutput):
+    """
+    reconstruction: (n, num_channels, image_size, image_size), pixels in [-1, 1].
+    """
+
+    reconstruction: Tensor | None = None
+
+
+@dataclass
+class CtrlCscModelOutput(ModelOutput):
+    """
+    reconstruction: xh (n, num_channels, image_size, image_size), pixels in [-1, 1].
+    latents: z (n, latent_dim), unit vectors.
+    reconstructed_latents: zh = f(xh), (n, latent_dim); where asked for, at the cost of a second encoding.
+    codes: of every sparse-coding stage (n, stage_channels[l], h_l, w_l), non-negative; where asked for.
+    """
+
+    reconstruction: Tensor | None = None
+    latents: Tensor | None = None
+    reconstructed_latents: Tensor | None = None
+    codes: tuple[Tensor, ...] | None = None
+
+
+class BatchNorm2d(nn.BatchNorm2d):
+    """Batch norm that leaves its running statistics alone where asked to, and can be inverted."""
+
+    def forward(self, codes: Tensor, update_statistics: bool) -> Tensor:
+        mean, variance = self.running_mean, self.running_var
+        if self.training and not update_statistics:
+            mean, variance = mean.clone(), variance.clone()
+        return F.batch_norm(
+            codes, mean, variance, self.weight, self.bias, self.training, self.momentum, self.eps
+        )
+
+    def inverse(self, signal: Tensor) -> Tensor:
+        """Undoes the affine map and the normalisation, with the running statistics as constants."""
+        scale = (self.running_var + self.eps).sqrt() / self.weight
+        shift = self.running_mean - self.bias * scale
+        return signal * scale[:, None, None] + shift[:, None, None]
+
+
+class CtrlCscPreTrainedModel(PreTrainedModel):
+    config_class = CtrlCscConfig
+    main_input_name = "pixel_values"
+    input_modalities = ("image",)
+    supports_gradient_checkpointing = True
+    # Stages are used through their methods, which offloading hooks do not see, so a half is never split.
+    _no_split_modules = ["CtrlCscEncoder", "CtrlCscDecoder"]
+
+    @classmethod
+    def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
+        loaded = super().from_pretrained(*args, **kwargs)
+        model = loaded[0] if isinstance(loaded, tuple) else loaded
+        # What this package saves has unit atoms, and stays as it is; weights from elsewhere are made to fit.
+        on_device = [d for d in model.dictionaries() if d.dictionary.device.type != "meta"]
+        if not all(dictionary.has_unit_atoms() for dictionary in on_device):
+            model.project_parameters()
+        return loaded
+
+    def dictionaries(self) -> Iterator[ConvolutionalDictionary]:
+        return (module for module in self.modules() if isinstance(module, ConvolutionalDictionary))
+
+    @torch.no_grad()
+    def project_parameters(self) -> None:
+        """Back to what the model requires of its parameters: unit atoms, operator norms that belong to them, and
+        batch norms that the decoder can invert. Call it after each optimiser step and each average of weights.
+        """
+        for dictionary in self.dictionaries():
+            dictionary.normalize_atoms()
+            if isinstance(dictionary, ConvolutionalSparseCoding):
+                dictionary.update_operator_norm()
+        if self.config.decoder_normalization == "inverse":
+            for module in self.modules():
+                if isinstance(module, BatchNorm2d):
+                    module.weight.clamp_(min=SMALLEST_GAMMA)
+
+    def _init_weights(self, module: nn.Module) -> None:
+        if isinstance(module, ConvolutionalDictionary):
+            module.reset_parameters()
+        elif isinstance(module, CtrlCscDecoder):
+            nn.init.ones_(module.output_scale)
+            nn.init.zeros_(module.output_bias)
+            nn.init.ones_(module.latent_norm)
+        elif isinstance(module, CtrlCscEncoder):
+            nn.init.ones_(module.latent_norm)
+        else:
+            super()._init_weights(module)
+
+    def _run_stage(
+        self, stage: Callable[[Tensor, bool], Any], signal: Tensor, update_statistics: bool
+    ) -> Any:
+        """stage(signal, update_statistics), by gradient checkpointing where that is on."""
+        if not (self.gradient_checkpointing and self.training):
+            return stage(signal, update_statistics)
+        updates = iter([update_statistics])  # the second run, in the backward pass, finds none left
+        return self._gradient_checkpointing_func(lambda inputs: stage(inputs, next(updates, False)), signal)
+
+
+class CtrlCscEncoder(CtrlCscPreTrainedModel):
+    """f: stages of [sparse coding, batch norm], then a linear stage to one vector, scaled to unit length.
+
+    The last stage is the adjoint alone, and signed: a non-negative one would confine the latents to one orthant.
+    """
+
+    base_model_prefix = "encoder"
+    latent_norm_momentum = 0.1  # as the batch norms'
+    _keys_to_ignore_on_load_unexpected = [r"^decoder\."]
+
+    def __init__(self, config: CtrlCscConfig) -> None:
+        super().__init__(config)
+        self.gradient_checkpointing = False
+        channels = [config.num_channels, *config.stage_channels]
+        shapes = list(zip(config.kernel_sizes, config.strides, config.paddings, strict=True))
+        self.stages = nn.ModuleList(
+            ConvolutionalSparseCoding(
+                *channels[stage : stage + 2],
+                *shapes[stage],
+                sparsity=config.sparsity,
+                ridge=config.ridge,
+                num_iterations=config.num_iterations,
+            )
+            for stage in range(len(config.stage_channels))
+        )
+        for stage, size in zip(self.stages, config.signal_sizes, strict=False):
+            stage.update_operator_norm((size, size))
+        self.norms = nn.ModuleList(BatchNorm2d(width) for width in config.stage_channels)
+        self.last_stage = ConvolutionalDictionary(channels[-1], config.latent_dim, *shapes[-1])
+        self.register_buffer("latent_norm", torch.ones(()))
+        self.post_init()
+
+    def forward(
+        self,
+        pixel_values: Tensor,
+        output_codes: bool = False,
+        output_energy: bool = False,
+        update_statistics: bool = True,
+    ) -> CtrlCscEncoderOutput:
+        """
+        Args:
+            pixel_values: (n, num_channels, image_size, image_size), in [-1, 1].
+            output_codes: whether to return the codes of every sparse-coding stage.
+            output_energy: whether to return the stages' sparse-coding energy.
+            update_statistics: in training, whether this batch counts in the running statistics of the batch
+                norms. Reconstructed images must not.
+
+        Raises:
+            ValueError: if the images do not have the size and channels of the configuration.
+        """
+        expected = (self.config.num_channels, self.config.image_size, self.config.image_size)
+        if pixel_values.ndim != 4 or pixel_values.shape[1:] != expected:
+            raise ValueError(f"pixel_values must have shape (n, {', '.join(map(str, expected))}), got {tuple(pixel_values.shape)}")
+        signal = pixel_values.to(self.dtype)
+        all_codes: list[Tensor] = []
+        energy = 0.0
+        for stage, norm in zip(self.stages, self.norms, strict=True):
+
+
+            def code_and_normalize(signal: Tensor, update: bool, stage=stage, norm=norm) -> tuple[Tensor, Tensor]:
+                codes = stage.encode(signal)
+                return codes, norm(codes, update)
+
+            codes, next_signal = self._run_stage(code_and_normalize, signal, update_statistics)
+            if output_energy:
+                energy = energy + stage.energy(signal, codes)
+            all_codes.append(codes)
+            signal = next_signal
+        latents = self.last_stage.adjoint(signal).flatten(1)
+        length = (latents.square().sum(dim=1, keepdim=True) + LATENT_EPS).sqrt()
+        if self.training and update_statistics:
+            self.latent_norm.lerp_(length.detach().mean().to(self.latent_norm.dtype), self.latent_norm_momentum)
+        return CtrlCscEncoderOutput(
+            latents=latents / length,
+            codes=tuple(all_codes) if output_codes else None,
+            energy=energy / self.config.image_size**2 if output_energy else None,
+        )
+
+
+class CtrlCscDecoder(CtrlCscPreTrainedModel):
+    """g, the multi-stage sparse deconvolution: f's stages backwards, as synthesis, normalisation and relu.
+
+    Without relu and normalisation it would be linear; relu, because codes are non-negative. `stages[l]` and
+    `norms[l]` belong to the encoder's of the same index.
+    """
+
+    base_model_prefix = "decoder"
+    main_input_name = "latents"
+    _keys_to_ignore_on_load_unexpected = [r"^encoder\."]
+
+    def __init__(self, config: CtrlCscConfig) -> None:
+        super().__init__(config)
+        self.gradient_checkpointing = False
+        channels = [config.num_channels, *config.stage_channels]
+        shapes = list(zip(config.kernel_sizes, config.strides, config.paddings, strict=True))
+        self.stages = nn.ModuleList(
+            ConvolutionalDictionary(*channels[stage : stage + 2], *shapes[stage])
+            for stage in range(len(config.stage_channels))
+        )
+        self.norms = nn.ModuleList(BatchNorm2d(width) for width in config.stage_channels)
+        self.last_stage = ConvolutionalDictionary(channels[-1], config.latent_dim, *shapes[-1])
+        self.register_buffer("latent_norm", torch.ones(()))
+        self.output_scale = nn.Parameter(torch.ones(config.num_channels), requires_grad=config.decoder_affine)
+        self.output_bias = nn.Parameter(torch.zeros(config.num_channels), requires_grad=config.decoder_affine)
+        self.post_init()
+
+    def forward(self, latents: Tensor, update_statistics: bool = True) -> CtrlCscDecoderOutput:
+        """
+        Args:
+            latents: (n, latent_dim), unit vectors.
+            update_statistics: in training, whether this batch counts in the running statistics.
+
+        Raises:
+            ValueError: if the latents do not have `latent_dim` entries.
+        """
+        if latents.ndim != 2 or latents.shape[1] != self.config.latent_dim:
+            raise ValueError(f"latents must have shape (n, {self.config.latent_dim}), got {tuple(latents.shape)}")
+        *sizes, _ = self.config.signal_sizes
+        inverse = self.config.decoder_normalization == "inverse"
+        signal = latents.to(self.dtype)[:, :, None, None]
+        if inverse:
+            signal = signal * self.latent_norm
+        signal = self.last_stage.synthesize(signal, (sizes[-1], sizes[-1]))
+        for stage, norm, size in reversed(list(zip(self.stages, self.norms, sizes, strict=False))):
+
+
+            def normalize_and_synthesize(signal: Tensor, update: bool, stage=stage, norm=norm, size=size) -> Tensor:
+                codes = norm.inverse(signal) if inverse else norm(signal, update)
+                return stage.synthesize(F.relu(codes), (size, size))
+
+            signal = self._run_stage(normalize_and_synthesize, signal, update_statistics)
+        pixels = signal * self.output_scale[:, None, None] + self.output_bias[:, None, None]
+        return CtrlCscDecoderOutput(reconstruction=torch.tanh(pixels))
+
+
+class CtrlCscModel(CtrlCscPreTrainedModel):
+    """The closed loop x -> z = f(x) -> xh = g(z) (-> zh = f(xh)): encoder and decoder, which may share dictionaries."""
+
+    def __init__(self, config: CtrlCscConfig) -> None:
+        super().__init__(config)
+        self.encoder = CtrlCscEncoder(config)
+        self.decoder = CtrlCscDecoder(config)
+        self._tied_weights_keys = self._shared_tensors()
+        self.post_init()
+        # The halves overlook each other's tensors on loading; the whole must not.
+        self._keys_to_ignore_on_load_unexpected = set()
+
+    def forward(
+        self, pixel_values: Tensor, output_reconstructed_latents: bool = False, output_codes: bool = False
+    ) -> CtrlCscModelOutput:
+        """
+        Args:
+            pixel_values: (n, num_channels, image_size, image_size), in [-1, 1].
+            output_reconstructed_latents: whether to encode the reconstruction again.
+            output_codes: whether to return the codes of every sparse-coding stage.
+
+        Raises:
+            ValueError: if the images do not have the size and channels of the configuration.
+        """
+        encoded = self.encode(pixel_values, output_codes=output_codes)
+        reconstruction = self.decode(encoded.latents).reconstruction
+        reconstructed_latents = None
+        if output_reconstructed_latents:
+            reconstructed_latents = self.encoder(reconstruction, update_statistics=False).latents
+        return CtrlCscModelOutput(
+            reconstruction=reconstruction,
+            latents=encoded.latents,
+            reconstructed_latents=reconstructed_latents,
+            codes=encoded.codes,
+        )
+
+    def encode(self, pixel_values: Tensor, output_codes: bool = False) -> CtrlCscEncoderOutput:
+        """Images (n, num_channels, image_size, image_size) in [-1, 1] -> latents (n, latent_dim); see the encoder."""
+        return self.encoder(pixel_values, output_codes=output_codes)
+
+    def decode(self, latents: Tensor) -> CtrlCscDecoderOutput:
+        """Latents (n, latent_dim) -> reconstruction (n, num_channels, image_size, image_size) in [-1, 1]."""
+        return self.decoder(latents)
+
+    def get_parameter(self, target: str) -> Tensor:
+        """Also finds buffers: transformers looks here for what it ties, and an inverted batch norm shares its statistics."""
+        try:
+            return super().get_parameter(target)
+        except AttributeError:
+            return self.get_buffer(target)
+
+    def _shared_tensors(self) -> dict[str, str]:
+        """Names of the decoder's tensors that are the encoder's, which alone are saved."""
+        names: list[str] = []
+        if self.config.share_dictionaries:
+            names += [name for name, _ in self.decoder.named_parameters() if name.endswith("dictionary")]
+        if self.config.decoder_normalization == "inverse":
+            state = self.decoder.state_dict()
+            names += [name for name in state if name.startswith("norms.") or name == "latent_norm"]
+        return {f"decoder.{name}": f"encoder.{name}" for name in names}
+
+
+__all__ = [
+    "CtrlCscDecoder",
+    "CtrlCscDecoderOutput",
+    "CtrlCscEncoder",
+    "CtrlCscEncoderOutput",
+    "CtrlCscModel",
+    "CtrlCscModelOutput",
+    "CtrlCscPreTrainedModel",
+]

@@ -1,0 +1,30 @@
+"""The training presets that ship with the package: YAML files with a `model` and a `training` section."""
+
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+# An installed package has them beside this module, an editable one in the repository.
+_FOLDERS = (Path(__file__).parent / "presets", Path(__file__).parents[2] / "training" / "configs")
+
+
+def preset_names() -> list[str]:
+    """Names of the presets, sorted."""
+    return sorted({path.stem for folder in _FOLDERS for path in folder.glob("*.yaml")})
+
+
+def load_preset(name_or_path: str) -> dict[str, dict[str, Any]]:
+    """Reads a preset by name ("cifar10") or path: {"model": fields of CtrlCscConfig, "training": settings of train.py}.
+
+    Raises:
+        ValueError: if there is no such preset or file, or it has other sections; the message lists what there is.
+    """
+    candidates = [Path(name_or_path), *(folder / f"{name_or_path}.yaml" for folder in _FOLDERS)]
+    path = next((candidate for candidate in candidates if candidate.is_file()), None)
+    if path is None:
+        raise ValueError(f"a preset must be a YAML file or one of {preset_names()}, got {name_or_path!r}")
+    sections = yaml.safe_load(path.read_text()) or {}
+    if not isinstance(sections, dict) or set(sections) - {"model", "training"}:
+        raise ValueError(f"{path} must hold the sections model and training, got {sections!r}")
+    return {name: dict(sections.get(name) or {}) for name in ("model", "training")}

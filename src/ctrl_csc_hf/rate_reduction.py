@@ -1,0 +1,171 @@
+"""Coding rates, their reductions, and the objectives of the closed loop. Functions only: no modules, no state.
+
+Features are rows: Z of shape (n, d). Rates are in nats. Dai et al., "CTRL: Closed-Loop Transcription to an LDR
+via Minimaxing Rate Reduction", Entropy 24(4):456, 2022 (doi 10.3390/e24040456), for all but `unsupervised`: Tong
+et al., "Unsupervised Learning of Structured Representations via Closed-Loop Transcription", CPAL 2024.
+"""
+
+import torch
+from torch import Tensor
+
+SMALL_CLASS = 8  # images; below it the unweighted sum of `multiclass_objective` swamps the rest
+
+
+def coding_rate(features: Tensor, *, distortion: float = 0.5) -> Tensor:
+    """R(Z) = 1/2 logdet(I + d / (n eps^2) Z^T Z), in nats: the rate that codes Z up to the distortion.
+
+    Args:
+        features: Z (n, d). Float32 or better is used whatever the autocast. R of no features is 0.
+        distortion: eps^2.
+
+    Raises:
+        ValueError: for features that are not (n, d), or a distortion that is not positive.
+    """
+    _check_features(features, distortion)
+    return _coding_rates(features[None], features.new_tensor([features.shape[0]]), distortion)[0]
+
+
+def rate_reduction(features: Tensor, reconstructed: Tensor, *, distortion: float = 0.5) -> Tensor:
+    """dR(Z, Zh) = R(Z u Zh) - R(Z)/2 - R(Zh)/2 >= 0, in nats; 0 where the second moments agree.
+
+    Args:
+        features, reconstructed: Z and Zh (n, d), of equal size.
+        distortion: eps^2.
+
+    Raises:
+        ValueError: for shapes that differ or are not (n, d), or a distortion that is not positive.
+    """
+    _check_pair(features, reconstructed, distortion)
+    union = torch.cat([features, reconstructed])
+    parts = coding_rate(features, distortion=distortion) + coding_rate(reconstructed, distortion=distortion)
+    return coding_rate(union, distortion=distortion) - parts / 2
+
+
+def class_rate_reduction(
+    features: Tensor, labels: Tensor, num_classes: int, *, distortion: float = 0.5
+) -> Tensor:
+    """dR(Z | y) = R(Z) - sum_k (n_k / n) R(Z_k), in nats, over the classes k.
+
+    Args:
+        features: Z (n, d).
+        labels: y (n,), integers in [0, num_classes).
+        num_classes: K.
+        distortion: eps^2.
+
+    Raises:
+        ValueError: for wrong shapes, labels outside [0, num_classes), or a distortion that is not positive.
+    """
+    _check_features(features, distortion)
+    _check_labels(features, labels, num_classes)
+    by_class, counts = _group_by_class(features, labels, num_classes)
+    rates = _coding_rates(by_class, counts, distortion)
+    return coding_rate(features, distortion=distortion) - (counts.to(rates.dtype) * rates).sum() / max(len(labels), 1)
+
+
+def multiclass_objective(
+    features: Tensor, reconstructed: Tensor, labels: Tensor, num_classes: int, *, distortion: float = 0.5
+) -> Tensor:
+    """CTRL-Multi: dR(Z | y) + dR(Zh | y) + sum_k dR(Z_k, Zh_k), in nats.
+
+    The sum over classes is unweighted: with fewer than some `SMALL_CLASS` images a class it swamps the rest.
+
+    Args:
+        features, reconstructed: Z and Zh (n, d).
+        labels: y (n,), of both, integers in [0, num_classes).
+        num_classes: K.
+        distortion: eps^2.
+
+    Raises:
+        ValueError: for wrong shapes, labels outside [0, num_classes), or a distortion that is not positive.
+    """
+    _check_pair(features, reconstructed, distortion)
+    _check_labels(features, labels, num_classes)
+    z, counts = _group_by_class(features, labels, num_classes)
+    zh, _ = _group_by_class(reconstructed, labels, num_classes)
+    rates = _coding_rates(torch.cat([z, zh]), counts.repeat(2), distortion)
+    rates_z, rates_zh = rates.chunk(2)
+    rates_union = _coding_rates(torch.cat([z, zh], dim=1), 2 * counts, distortion)
+    share = counts.to(rates.dtype) / max(len(labels), 1)
+    whole = coding_rate(features, distortion=distortion) + coding_rate(reconstructed, distortion=distortion)
+    within = (share * (rates_z + rates_zh)).sum()
+    between = (rates_union - rates_z / 2 - rates_zh / 2).sum()
+    return whole - within + between
+
+
+def unsupervised_objective(features: Tensor, reconstructed: Tensor, *, distortion: float = 0.5) -> Tensor:
+    """u-CTRL: R(Z) + dR(Z, Zh), in nats; arguments and errors as `rate_reduction`."""
+    return coding_rate(features, distortion=distortion) + rate_reduction(
+        features, reconstructed, distortion=distortion
+    )
+
+
+def cosine_distance(features: Tensor, reconstructed: Tensor) -> Tensor:
+    """1 - cos(z_i, zh_i): (n, d), (n, d) -> (n,)."""
+    return 1 - torch.nn.functional.cosine_similarity(_exact(features), _exact(reconstructed), dim=1)
+
+
+def sample_rate_reduction(features: Tensor, reconstructed: Tensor, *, distortion: float = 0.5) -> Tensor:
+    """dR(z_i, zh_i) of single unit vectors: (n, d), (n, d) -> (n,), in nats.
+
+    1/2 log[((1 + a)^2 - a^2 cos^2) / (1 + 2a)] with a = d / (2 eps^2). It cannot tell zh from -z, and is flat at
+    cos = 0.
+    """
+    a = features.shape[1] / (2 * distortion)
+    cosine = 1 - cosine_distance(features, reconstructed)
+    return 0.5 * torch.log(((1 + a) ** 2 - (a * cosine).square()) / (1 + 2 * a))
+
+
+def _coding_rates(sets: Tensor, counts: Tensor, distortion: float) -> Tensor:
+    """R of each of K sets: (K, m, d), rows past a set's count (K,) zero -> (K,)."""
+    if sets.numel() == 0:
+        return sets.sum(dim=(1, 2))  # zeros that hang on to the graph, so that their gradient is zero too
+    with torch.autocast(sets.device.type, enabled=False):
+        sets = _exact(sets)
+        rows, dim = sets.shape[1:]
+        # I + alpha Z Z^T has the determinant of I + alpha Z^T Z; the smaller one is cheaper.
+        gram = sets @ sets.mT if rows < dim else sets.mT @ sets
+        alpha = dim / (counts.clamp(min=1).to(sets.dtype) * distortion)
+        identity = torch.eye(gram.shape[-1], dtype=sets.dtype, device=sets.device)
+        # The variant that does not raise: NaN in, NaN out, and no wait for a GPU's answer.
+        factor, _ = torch.linalg.cholesky_ex(identity + alpha[:, None, None] * gram)
+        return factor.diagonal(dim1=-2, dim2=-1).log().sum(dim=-1)
+
+
+def _group_by_class(features: Tensor, labels: Tensor, num_classes: int) -> tuple[Tensor, Tensor]:
+    """(n, d), (n,) -> the classes' features, padded by zeros to the largest class (K, m, d), and counts (K,)."""
+    counts = torch.bincount(labels, minlength=num_classes)
+    largest = int(counts.max()) if len(labels) else 0
+    order = torch.argsort(labels, stable=True)
+    rank = torch.arange(len(labels), device=labels.device) - (counts.cumsum(0) - counts)[labels[order]]
+    padded = features.new_zeros(num_classes, largest, features.shape[1])
+    return padded.index_put((labels[order], rank), features[order]), counts
+
+
+def _exact(features: Tensor) -> Tensor:
+    return features.to(torch.promote_types(features.dtype, torch.float32))
+
+
+def _check_features(features: Tensor, distortion: float) -> None:
+    if features.ndim != 2:
+        raise ValueError(f"features must have shape (n, d), got {tuple(features.shape)}")
+    if not distortion > 0:
+        raise ValueError(f"distortion must be positive, got {distortion!r}")
+
+
+def _check_pair(features: Tensor, reconstructed: Tensor, distortion: float) -> None:
+    _check_features(features, distortion)
+    if features.shape != reconstructed.shape:
+        raise ValueError(
+            f"reconstructed must have the shape of features, {tuple(features.shape)}, got {tuple(reconstructed.shape)}"
+        )
+
+
+def _check_labels(features: Tensor, labels: Tensor, num_classes: int) -> None:
+    if labels.shape != features.shape[:1]:
+        raise ValueError(f"labels must have shape ({features.shape[0]},), got {tuple(labels.shape)}")
+    if labels.is_floating_point():
+        raise ValueError(f"labels must be integers, got {labels.dtype}")
+    if len(labels) and not (labels.min() >= 0 and labels.max() < num_classes):
+        raise ValueError(
+            f"labels must be in [0, {num_classes}), got values from {labels.min().item()} to {labels.max().item()}"
+        )

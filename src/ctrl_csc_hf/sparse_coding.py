@@ -1,0 +1,275 @@
+"""Convolutional sparse coding: one stage of the model, and its linear part alone.
+
+A stage explains a signal `x` as `A(z)`, a transposed convolution of sparse codes `z` with a dictionary of
+unit-norm atoms. Encoding solves for the codes by unrolled FISTA, so the layer is the inverse of its own
+synthesis. Dai et al., "Revisiting Sparse Convolutional Model for Visual Recognition", NeurIPS 2022
+(arXiv 2210.12945); FISTA: Beck and Teboulle, SIAM J. Imaging Sciences 2(1), 2009.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+STEP_FACTOR = 0.9  # of 1 / |A|^2, the largest step for which FISTA converges
+POWER_ITERATIONS_PER_CHECK = 16
+MAX_POWER_ITERATIONS = 512
+
+
+class ConvolutionalDictionary(nn.Module):
+    """A dictionary `A` of `code_channels` atoms: synthesis `A(z)` and its exact adjoint `A*(x)`.
+
+    Args:
+        signal_channels: channels of the signal, C_signal.
+        code_channels: number of atoms, C_code.
+        kernel_size: side k of an atom, in entries of the signal.
+        stride: distance of neighbouring codes, in entries of the signal.
+        padding: entries by which atoms may reach over the signal's border, less than `kernel_size`.
+
+    Attributes:
+        dictionary: parameter (C_code, C_signal, k, k). Every atom has unit l2 norm; call `normalize_atoms`
+            after each optimiser step.
+
+    Raises:
+        ValueError: for a size out of range; the message names the argument.
+    """
+
+    def __init__(
+        self, signal_channels: int, code_channels: int, kernel_size: int, stride: int = 1, padding: int = 0
+    ) -> None:
+        super().__init__()
+        for name, value in (
+            ("signal_channels", signal_channels),
+            ("code_channels", code_channels),
+            ("kernel_size", kernel_size),
+            ("stride", stride),
+        ):
+            if value < 1:
+                raise ValueError(f"{name} must be a positive integer, got {value!r}")
+        if not 0 <= padding < kernel_size:
+            raise ValueError(f"padding must be at least 0 and less than kernel_size={kernel_size}, got {padding!r}")
+        self.signal_channels = signal_channels
+        self.code_channels = code_channels
+        self.kernel_size = kernel_size
+        self.stride = stride
+        self.padding = padding
+        self.dictionary = nn.Parameter(torch.empty(code_channels, signal_channels, kernel_size, kernel_size))
+        self.reset_parameters()
+
+    def extra_repr(self) -> str:
+        return (
+            f"{self.signal_channels}, {self.code_channels}, kernel_size={self.kernel_size}, "
+            f"stride={self.stride}, padding={self.padding}"
+        )
+
+    def reset_parameters(self) -> None:
+        """Draws atoms uniformly from the unit sphere."""
+        nn.init.normal_(self.dictionary)
+        self.normalize_atoms()
+
+    @torch.no_grad()
+    def normalize_atoms(self) -> None:
+        """Projects every atom onto the unit sphere; atoms that are unit up to rounding stay as they are, bit for bit.
+
+        An atom of norm zero, which has no direction, is left at zero.
+        """
+        norm = self._atom_norms()
+        scale = torch.where(self._is_unit(norm) | (norm == 0), 1.0, norm)
+        self.dictionary.copy_(self.dictionary.double() / scale[:, None, None, None])
+
+    def has_unit_atoms(self) -> bool:
+        """Whether every atom has unit norm up to rounding in the dictionary's precision."""
+        return bool(self._is_unit(self._atom_norms()).all())
+
+    def _atom_norms(self) -> Tensor:
+        return torch.linalg.vector_norm(self.dictionary.detach().double().flatten(1), dim=1)
+
+    def _is_unit(self, norm: Tensor) -> Tensor:
+        return (norm - 1).abs() <= 8 * torch.finfo(self.dictionary.dtype).eps
+
+    def adjoint(self, signal: Tensor) -> Tensor:
+        """A*(x): signal (n, C_signal, H, W) -> (n, C_code, h, w), h = (H + 2 padding - k) // stride + 1."""
+        return F.conv2d(signal, self.dictionary, stride=self.stride, padding=self.padding)
+
+    def synthesize(self, codes: Tensor, output_size: tuple[int, int] | None = None) -> Tensor:
+        """A(z): codes (n, C_code, h, w) -> signal (n, C_signal, H, W).
+
+        Args:
+            output_size: (H, W) of the signal, which a stride above 1 leaves open; by default the smallest,
+                (h - 1) * stride - 2 * padding + k.
+
+        Raises:
+            ValueError: if codes of this size do not belong to a signal of `output_size`.
+        """
+        smallest = [(side - 1) * self.stride - 2 * self.padding + self.kernel_size for side in codes.shape[-2:]]
+        surplus = [0, 0] if output_size is None else [H - s for H, s in zip(output_size, smallest, strict=True)]
+        if not all(0 <= rest < self.stride for rest in surplus):
+            raise ValueError(
+                f"output_size must be between {tuple(smallest)} and {tuple(s + self.stride - 1 for s in smallest)} "
+                f"for codes of size {tuple(codes.shape[-2:])}, got {output_size}"
+            )
+        return F.conv_transpose2d(
+            codes, self.dictionary, stride=self.stride, padding=self.padding, output_padding=surplus
+        )
+
+
+class ConvolutionalSparseCoding(ConvolutionalDictionary):
+    """A stage: codes z(x) = argmin lambda |z|_1 + mu/2 |z|^2 + 1/2 |x - A(z)|^2 by unrolled FISTA.
+
+    Args:
+        signal_channels, code_channels, kernel_size, stride, padding: see `ConvolutionalDictionary`.
+        sparsity: lambda, the weight of |z|_1.
+        ridge: mu, the weight of |z|^2 / 2.
+        num_iterations: steps of FISTA from zero, each of size 0.9 / |A|^2.
+        nonnegative: whether codes are restricted to z >= 0.
+
+    Attributes:
+        operator_norm: buffer, the largest singular value of A as an operator on signals of the size in
+            `signal_size`. It grows with the signal, so it is kept with the size it belongs to.
+        singular_vector: buffer (1, C_signal, H, W), where the power iteration resumes; its shape is that size.
+
+    Raises:
+        ValueError: for a value out of range; the message names the argument.
+    """
+
+    operator_norm: Tensor
+    singular_vector: Tensor
+
+    def __init__(
+        self,
+        signal_channels: int,
+        code_channels: int,
+        kernel_size: int,
+        stride: int = 1,
+        padding: int = 0,
+        *,
+        sparsity: float = 0.1,
+        ridge: float = 0.0,
+        num_iterations: int = 2,
+        nonnegative: bool = True,
+    ) -> None:
+        for name, value in (("sparsity", sparsity), ("ridge", ridge)):
+            if not 0 <= value < float("inf"):
+                raise ValueError(f"{name} must be a finite number of at least 0, got {value!r}")
+        if num_iterations < 1:
+            raise ValueError(f"num_iterations must be at least 1, got {num_iterations!r}")
+        super().__init__(signal_channels, code_channels, kernel_size, stride, padding)
+        self.sparsity = sparsity
+        self.ridge = ridge
+        self.num_iterations = num_iterations
+        self.nonnegative = nonnegative
+        self.register_buffer("operator_norm", torch.zeros(()))
+        self.register_buffer("singular_vector", torch.zeros(1, signal_channels, 0, 0))
+        self.register_load_state_dict_pre_hook(_adopt_saved_signal_size)
+
+    def extra_repr(self) -> str:
+        return (
+            f"{super().extra_repr()}, sparsity={self.sparsity}, ridge={self.ridge}, "
+            f"num_iterations={self.num_iterations}, nonnegative={self.nonnegative}"
+        )
+
+    def forward(self, signal: Tensor) -> Tensor:
+        return self.encode(signal)
+
+    def encode(self, signal: Tensor) -> Tensor:
+        """z(x): signal (n, C_signal, H, W) -> codes (n, C_code, h, w), h = (H + 2 padding - k) // stride + 1.
+
+        The gradient of FISTA is taken at the extrapolated point. No gradient flows through the step size.
+        """
+        size = (signal.shape[-2], signal.shape[-1])
+        if size != self.signal_size:
+            self.update_operator_norm(size)
+        # 0.9 / L, as a tensor: reading its value would make a GPU wait. A clone, because another encoding may
+        # come, and the norm be refreshed, before this one's gradient.
+        step = STEP_FACTOR / self.operator_norm.clone().square()
+        codes = self.proximal(step * self.adjoint(signal), step)
+        momentum, previous = 1.0, torch.zeros_like(codes)
+        for _ in range(self.num_iterations - 1):
+            next_momentum = (1 + (1 + 4 * momentum**2) ** 0.5) / 2
+            extrapolated = codes
+            if momentum > 1:
+                extrapolated = codes + (momentum - 1) / next_momentum * (codes - previous)
+            residual = signal - self.synthesize(extrapolated, size)
+            previous = codes
+            codes = self.proximal(extrapolated + step * self.adjoint(residual), step)
+            momentum = next_momentum
+        return codes
+
+    def proximal(self, codes: Tensor, step: Tensor) -> Tensor:
+        """argmin over z (z >= 0 where `nonnegative`) of step (lambda |z|_1 + mu/2 |z|^2) + 1/2 |z - codes|^2."""
+        threshold = step * self.sparsity
+        shrunk = F.relu(codes - threshold)
+        if not self.nonnegative:
+            shrunk = shrunk - F.relu(-codes - threshold)
+        return shrunk / (1 + step * self.ridge) if self.ridge else shrunk
+
+    def energy(self, signal: Tensor, codes: Tensor) -> Tensor:
+        """lambda |z|_1 + mu/2 |z|^2 + 1/2 |x - A(z)|^2, summed over each image: (n,), in squared signal units."""
+        residual = signal - self.synthesize(codes, (signal.shape[-2], signal.shape[-1]))
+        prior = self.sparsity * codes.abs() + self.ridge / 2 * codes.square()
+        return prior.flatten(1).sum(dim=1) + residual.square().flatten(1).sum(dim=1) / 2
+
+    @property
+    def signal_size(self) -> tuple[int, int]:
+        """(H, W) of the signals that `operator_norm` belongs to; (0, 0) before the first signal."""
+        return self.singular_vector.shape[-2], self.singular_vector.shape[-1]
+
+    @torch.no_grad()
+    def update_operator_norm(self, signal_size: tuple[int, int] | None = None) -> None:
+        """Refreshes `operator_norm` by power iteration on A A*. Call it after each change of the dictionary.
+
+        The iteration starts warm, from where the last one ended, unless the size is a new one. `encode` calls it
+        whenever the signal's size changes.
+
+        Args:
+            signal_size: (H, W) of the signals to be encoded; by default the size last encoded.
+
+        Raises:
+            ValueError: if no signal was encoded yet and no size is given.
+        """
+        size = self.signal_size if signal_size is None else signal_size
+        if 0 in size:
+            raise ValueError(f"signal_size must be positive, got {size}: give a size, or encode a signal first")
+        # The step size decides whether FISTA converges: float32 or better, whatever the dictionary's own precision.
+        dictionary = self.dictionary.to(torch.promote_types(self.dictionary.dtype, torch.float32))
+        vector = self.singular_vector if size == self.signal_size else self._chirp(size)
+        norm, vector = _power_iteration(dictionary, vector.to(dictionary.dtype), self.stride, self.padding)
+        self.operator_norm = norm.to(self.operator_norm.dtype)
+        self.singular_vector = vector.to(self.singular_vector.dtype)
+
+    def _chirp(self, size: tuple[int, int]) -> Tensor:
+        """A start for the power iteration: holds every frequency, and leaves the random generator alone."""
+        index = torch.arange(self.signal_channels * size[0] * size[1], device=self.dictionary.device)
+        return torch.cos(0.7 * (index % 1021).square()).view(1, self.signal_channels, *size)
+
+
+# An operator of its own, so that torch.compile neither unrolls the iteration nor stumbles over its stopping rule.
+# The name holds the module's, because a copy of this file may come from the Hub beside the installed package.
+@torch.library.custom_op(f"{__name__.replace('.', '_')}::power_iteration", mutates_args=())
+def _power_iteration(dictionary: Tensor, vector: Tensor, stride: int, padding: int) -> tuple[Tensor, Tensor]:
+    """Largest singular value of A, to some 0.3%, and A A* times its singular vector (1, C_signal, H, W)."""
+    surplus = [(side + 2 * padding - dictionary.shape[-1]) % stride for side in vector.shape[-2:]]
+    norm = dictionary.new_zeros(())
+    with torch.autocast(dictionary.device.type, enabled=False):
+        for _ in range(MAX_POWER_ITERATIONS // POWER_ITERATIONS_PER_CHECK):
+            previous = norm
+            for _ in range(POWER_ITERATIONS_PER_CHECK):
+                codes = F.conv2d(vector / torch.linalg.vector_norm(vector), dictionary, None, stride, padding)
+                vector = F.conv_transpose2d(codes, dictionary, None, stride, padding, surplus)
+            norm = torch.linalg.vector_norm(codes)
+            if norm - previous <= 1e-3 * norm:
+                break
+    return norm, vector
+
+
+@_power_iteration.register_fake
+def _(dictionary: Tensor, vector: Tensor, stride: int, padding: int) -> tuple[Tensor, Tensor]:
+    return dictionary.new_empty(()), torch.empty_like(vector)
+
+
+def _adopt_saved_signal_size(
+    stage: ConvolutionalSparseCoding, state_dict: dict[str, Tensor], prefix: str, *_: object
+) -> None:
+    """Makes room for the saved singular vector, whose shape depends on the signals seen before saving."""
+    saved = state_dict.get(f"{prefix}singular_vector")
+    if saved is not None:
+        stage.singular_vector = stage.singular_vector.new_zeros(saved.shape)

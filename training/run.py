@@ -1,0 +1,151 @@
+"""What a run keeps: its history, its checkpoints, its held-out figures, and the model folder at the end."""
+
+import itertools
+import json
+import os
+import shutil
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from data import ImageStream
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from ctrl_csc_hf import CtrlCscImageProcessor, CtrlCscModel
+from ctrl_csc_hf.metrics import nearest_latent_match, peak_signal_to_noise_ratio
+from ctrl_csc_hf.rate_reduction import coding_rate, rate_reduction
+from ctrl_csc_hf.visualization import reconstruction_grid, training_curves
+
+GRID_IMAGES = 40
+
+
+class History:
+    """Where a run stands, and what it logged. A checkpoint holds it."""
+
+    def __init__(self) -> None:
+        self.step = 0
+        self.epoch = 0
+        self.batch = 0  # in this epoch
+        self.unreadable = 0  # images skipped so far
+        self.records: list[dict[str, float]] = []
+
+    def record(self, **figures: float) -> None:
+        self.records.append({"step": self.step, **figures})
+
+    def state_dict(self) -> dict[str, Any]:
+        return vars(self)
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+
+
+class InterruptFlag:
+    """Turns the first Ctrl-C into a request, which the run answers between two steps; the second one stops at once."""
+
+    def __init__(self) -> None:
+        self.requested = False
+        signal.signal(signal.SIGINT, self._request)
+
+    def _request(self, *_: object) -> None:
+        self.requested = True
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def endless_batches(loader: DataLoader, stream: ImageStream, history: History) -> Iterator[dict[str, Any]]:
+    """Batches, epoch after epoch, from where `history` stands."""
+    while True:
+        stream.set_epoch(history.epoch)
+        for batch in itertools.islice(loader, history.batch, None):
+            history.batch += 1
+            history.unreadable += batch["unreadable"]
+            yield batch
+        history.epoch, history.batch = history.epoch + 1, 0
+
+
+def save_checkpoint(accelerator: Accelerator, output_dir: Path, step: int, limit: int | None) -> Path:
+    """Writes output_dir/checkpoint-STEP under a temporary name first, then removes the oldest beyond `limit`."""
+    folder = output_dir / f"checkpoint-{step}"
+    unfinished = output_dir / f".checkpoint-{step}.unfinished"
+    shutil.rmtree(unfinished, ignore_errors=True)
+    accelerator.save_state(str(unfinished))
+    shutil.rmtree(folder, ignore_errors=True)
+    os.replace(unfinished, folder)
+    for old in checkpoints(output_dir)[: -limit if limit else 0]:
+        shutil.rmtree(old)
+    return folder
+
+
+def checkpoints(output_dir: Path) -> list[Path]:
+    """The checkpoints of a run, oldest first."""
+    return sorted(output_dir.glob("checkpoint-*"), key=lambda folder: int(folder.name.split("-")[1]))
+
+
+def find_checkpoint(output_dir: Path, wanted: str) -> Path:
+    """The folder `wanted`, or the newest checkpoint for 'latest'.
+
+    Raises:
+        ValueError: if there is none.
+    """
+    if wanted != "latest":
+        if not Path(wanted).is_dir():
+            raise ValueError(f"resume_from_checkpoint must be a checkpoint folder or 'latest', got {wanted!r}")
+        return Path(wanted)
+    found = checkpoints(output_dir)
+    if not found:
+        raise ValueError(f"resume_from_checkpoint='latest', but there is no checkpoint in {output_dir}")
+    return found[-1]
+
+
+@torch.no_grad()
+def held_out_figures(
+    model: CtrlCscModel, images: Tensor, batch_size: int, distortion: float
+) -> tuple[dict[str, float], Tensor]:
+    """Figures on held-out images (n, C, H, W), and the reconstructions of the first `GRID_IMAGES`.
+
+    PSNR in dB, the mean over images; match, the share of reconstructions whose nearest latent is their own
+    original's; R(Z), R(Zh) and dR(Z, Zh) in nats.
+    """
+    was_training = model.training
+    model.eval()
+    psnr, latents, reconstructed, reconstructions = [], [], [], []
+    for batch in images.split(batch_size):
+        batch = batch.to(model.device)
+        output = model(batch, output_reconstructed_latents=True)
+        psnr.append(peak_signal_to_noise_ratio(batch, output.reconstruction))
+        latents.append(output.latents)
+        reconstructed.append(output.reconstructed_latents)
+        if len(reconstructions) * batch_size < GRID_IMAGES:
+            reconstructions.append(output.reconstruction)
+    model.train(was_training)
+    z, zh = torch.cat(latents), torch.cat(reconstructed)
+    figures = {
+        "held_out_psnr": torch.cat(psnr).mean().item(),
+        "held_out_match": nearest_latent_match(z, zh),
+        "held_out_rate": coding_rate(z, distortion=distortion).item(),
+        "held_out_reconstructed_rate": coding_rate(zh, distortion=distortion).item(),
+        "held_out_rate_reduction": rate_reduction(z, zh, distortion=distortion).item(),
+    }
+    return figures, torch.cat(reconstructions)[:GRID_IMAGES]
+
+
+def save_grid(path: Path, originals: Tensor, reconstructions: Tensor) -> None:
+    """Originals above reconstructions, small images enlarged."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    scale = max(1, 64 // originals.shape[-1])
+    reconstruction_grid(originals[: len(reconstructions)], reconstructions, scale=scale).save(path)
+
+
+def save_model(model: CtrlCscModel, output_dir: Path, history: History, settings: dict[str, Any]) -> None:
+    """The folder that AutoModel and AutoImageProcessor load, with metrics.json and the run's record."""
+    model.save_pretrained(output_dir)
+    CtrlCscImageProcessor(image_size=model.config.image_size).save_pretrained(output_dir)
+    held_out = next((r for r in reversed(history.records) if "held_out_psnr" in r), {})
+    metrics = {**held_out, "unreadable_images": history.unreadable}
+    (output_dir / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n")
+    (output_dir / "training_args.json").write_text(json.dumps(settings, indent=2) + "\n")
+    (output_dir / "history.json").write_text(json.dumps(history.records) + "\n")
+    training_curves(history.records).savefig(output_dir / "training_curve.png", dpi=120)

@@ -1,0 +1,142 @@
+"""Settings of a training run: one dataclass, filled from a YAML preset and from flags, which override it."""
+
+import argparse
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+from transformers import HfArgumentParser, SchedulerType
+
+from ctrl_csc_hf import CtrlCscConfig
+from ctrl_csc_hf.closed_loop import ClosedLoopObjective
+from ctrl_csc_hf.presets import load_preset
+
+
+def option(default: Any, help: str, **metadata: Any) -> Any:
+    return field(default=default, metadata={"help": help, **metadata})
+
+
+@dataclass
+class TrainingSettings:
+    """Names as in diffusers' training examples, where they have one."""
+
+    # Images
+    dataset_name: str | None = option(None, "A Hub data set, or a local folder that datasets.load_dataset reads.")
+    dataset_config_name: str | None = option(None, "Its configuration.")
+    train_data_dir: str | None = option(None, "A local folder of images, or of Parquet files.")
+    train_split: str = option("train", "Split to train on.")
+    validation_split: str | None = option(
+        None, "Split of the held-out images; by default they are taken from the start of the training split."
+    )
+    num_validation_images: int = option(1000, "Number of held-out images.")
+    streaming: bool = option(False, "Stream the data set instead of preparing it on disk.")
+    shuffle_buffer: int = option(10_000, "Images in the shuffle buffer of a stream.")
+    image_column: str = option("image", "Column of the images.")
+    label_column: str | None = option("label", "Column of the labels; 'none' if there are none.")
+    resolution: int | None = option(None, "Side of the images in pixels; by default, the preset's.")
+    augmentation: str = option("flip", "none, flip, or crop_and_flip.")
+    dataloader_num_workers: int = option(0, "Processes that decode images; 0 decodes in the main one.")
+    cache_dir: str | None = option(None, "Where datasets keeps what it prepares.")
+
+    # Model
+    pretrained_model_name_or_path: str | None = option(None, "Start from this checkpoint instead of the preset.")
+    gradient_checkpointing: bool = option(False, "Compute activations twice to save memory.")
+
+    # The game, see ctrl_csc_hf.closed_loop
+    objective: str = option("binary", "binary, multi, or unsupervised.")
+    distortion: float = option(0.5, "eps^2 of the coding rates.")
+    play: str = option("simultaneous", "simultaneous or alternating.")
+    consistency: str = option("cosine", "Self-consistency: cosine or rate.")
+    encoder_consistency: float = option(0.0, "w_f, weight of self-consistency in the encoder's loss.")
+    decoder_consistency: float = option(10.0, "w_g, weight of self-consistency in the decoder's loss.")
+    augmentation_consistency: float = option(0.0, "w_a, weight of consistency with augmented images.")
+    energy: float = option(0.0, "w_E, weight of the sparse-coding energy.")
+
+    # Optimisation
+    max_train_steps: int = option(45_000, "Steps in all.")
+    train_batch_size: int = option(256, "Images a step.")
+    encoder_learning_rate: float = option(1.5e-4, "Learning rate of the encoder, and of what the players share.")
+    decoder_learning_rate: float = option(5e-4, "Learning rate of the decoder.")
+    lr_scheduler: str = option("linear", f"One of {[kind.value for kind in SchedulerType]}.")
+    lr_warmup_steps: int = option(0, "Steps of linear warm-up.")
+    adam_beta1: float = option(0.5, "Decay of Adam's first moments.")
+    adam_beta2: float = option(0.999, "Decay of Adam's second moments.")
+    use_ema: bool = option(True, "Keep an exponential moving average of both networks; it is what is saved.")
+    ema_decay: float = option(0.999, "Its decay.")
+    mixed_precision: str = option("no", "no or bf16.")
+    seed: int = option(0, "Of the initial weights, the order of images and the augmentation.")
+
+    # Output
+    output_dir: str = option("ctrl-csc-model", "Where everything is written.")
+    logging_dir: str = option("logs", "Folder of the tracker's files inside output_dir.")
+    logging_steps: int = option(10, "Steps between two logged figures.")
+    validation_steps: int = option(500, "Steps between two evaluations on held-out images, with a sample grid.")
+    checkpointing_steps: int = option(500, "Steps between two checkpoints.")
+    checkpoints_total_limit: int | None = option(2, "Checkpoints kept; older ones are removed.")
+    resume_from_checkpoint: str | None = option(None, "A checkpoint folder, or 'latest'.")
+    report_to: str = option("tensorboard", "Any tracker of Accelerate, 'all', or 'none'.")
+    push_to_hub: bool = option(False, "Upload the result to the Hub.")
+    hub_model_id: str | None = option(None, "Repository to upload to; by default, the name of output_dir.")
+
+    def __post_init__(self) -> None:
+        if (self.dataset_name is None) == (self.train_data_dir is None):
+            raise ValueError(
+                "exactly one of dataset_name and train_data_dir must be given, got "
+                f"dataset_name={self.dataset_name!r} and train_data_dir={self.train_data_dir!r}"
+            )
+        if self.label_column in ("none", "None"):
+            self.label_column = None
+        if self.objective == "multi" and self.label_column is None:
+            raise ValueError("label_column must name a column for objective='multi', got none")
+        for name in ("max_train_steps", "train_batch_size", "num_validation_images", "logging_steps",
+                     "validation_steps", "checkpointing_steps"):  # fmt: skip
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)!r}")
+        for name in ("encoder_learning_rate", "decoder_learning_rate"):
+            if not 0 < getattr(self, name) < float("inf"):
+                raise ValueError(f"{name} must be a positive number, got {getattr(self, name)!r}")
+        for name in ("adam_beta1", "adam_beta2", "ema_decay"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 0 and less than 1, got {getattr(self, name)!r}")
+        if self.mixed_precision not in ("no", "bf16"):
+            # A loss scaler would have to serve two players with one backward pass; bf16 needs none.
+            raise ValueError(f"mixed_precision must be 'no' or 'bf16', got {self.mixed_precision!r}")
+        if self.checkpoints_total_limit is not None and self.checkpoints_total_limit < 1:
+            raise ValueError(f"checkpoints_total_limit must be at least 1, got {self.checkpoints_total_limit!r}")
+        self.closed_loop_objective(num_classes=1)  # wrong weights and names are found before any data is read
+
+    def closed_loop_objective(self, num_classes: int | None) -> ClosedLoopObjective:
+        return ClosedLoopObjective(
+            objective=self.objective,
+            distortion=self.distortion,
+            num_classes=num_classes,
+            consistency=self.consistency,
+            encoder_consistency=self.encoder_consistency,
+            decoder_consistency=self.decoder_consistency,
+            augmentation_consistency=self.augmentation_consistency,
+            energy=self.energy,
+        )
+
+
+def parse_settings(arguments: list[str] | None = None) -> tuple[TrainingSettings, CtrlCscConfig]:
+    """Reads flags and the preset that `--config` names, a YAML file or one of the package's presets.
+
+    Raises:
+        ValueError: for an entry of the preset that is no setting, and for values that are not allowed.
+    """
+    presets = argparse.ArgumentParser(add_help=False)
+    presets.add_argument("--config", default="cifar10", help="A YAML preset: a path, or a name of the package's.")
+    chosen, rest = presets.parse_known_args(arguments)
+    preset = load_preset(chosen.config)
+
+    parser = HfArgumentParser(TrainingSettings, parents=[presets], description="Trains CTRL-CSC.")
+    known = {entry.name for entry in fields(TrainingSettings)}
+    unknown = set(preset["training"]) - known
+    if unknown:
+        raise ValueError(f"{chosen.config}: training must hold settings of train.py, got {sorted(unknown)}")
+    parser.set_defaults(**preset["training"])
+    namespace = vars(parser.parse_args(rest))
+    settings = TrainingSettings(**{name: namespace[name] for name in known})
+    model = preset["model"]
+    if settings.resolution is not None:
+        model["image_size"] = settings.resolution
+    return settings, CtrlCscConfig(**model)

@@ -1,0 +1,218 @@
+"""Trains CTRL-CSC by closed-loop transcription: `accelerate launch training/train.py --config cifar10 ...`.
+
+This file is the algorithm; settings.py holds the settings, data.py the images, ema.py the average of the weights,
+run.py what a run keeps. `--help` lists the settings.
+"""
+
+import sys
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import ProjectConfiguration, set_seed
+from augmentation import augment
+from data import ImageSource, ImageStream, build_dataloader, load_images, take_images
+from diffusers.training_utils import EMAModel
+from ema import CALIBRATION_IMAGES, averaged_model
+from run import (
+    History,
+    InterruptFlag,
+    endless_batches,
+    find_checkpoint,
+    held_out_figures,
+    save_checkpoint,
+    save_grid,
+    save_model,
+)
+from settings import TrainingSettings, parse_settings
+from tqdm.auto import tqdm
+from transformers import get_scheduler
+
+from ctrl_csc_hf import CtrlCscConfig, CtrlCscModel
+from ctrl_csc_hf.closed_loop import ClosedLoop, player_parameters
+
+
+def main(settings: TrainingSettings, config: CtrlCscConfig) -> Path:
+    """Trains and returns the folder of the model."""
+    output_dir = Path(settings.output_dir)
+    accelerator = Accelerator(
+        mixed_precision=settings.mixed_precision,
+        log_with=None if settings.report_to == "none" else settings.report_to,
+        project_config=ProjectConfiguration(str(output_dir), str(output_dir / settings.logging_dir)),
+    )
+    if accelerator.num_processes > 1:
+        raise ValueError(f"training runs in one process so far, got {accelerator.num_processes} processes")
+    output_dir.mkdir(parents=True, exist_ok=True)
+    set_seed(settings.seed)
+
+    # Images x
+    stream, held_out, calibration, num_classes = load_data(settings, config)
+    loader = build_dataloader(
+        stream,
+        batch_size=settings.train_batch_size,
+        num_workers=settings.dataloader_num_workers,
+        drop_last=True,
+    )
+
+    # Players f and g
+    if settings.pretrained_model_name_or_path:
+        model = CtrlCscModel.from_pretrained(settings.pretrained_model_name_or_path)
+    else:
+        model = CtrlCscModel(config)
+    model.train().to(accelerator.device, memory_format=torch.channels_last)
+    if settings.gradient_checkpointing:
+        model.gradient_checkpointing_enable()
+    betas = (settings.adam_beta1, settings.adam_beta2)
+    encoder_parameters, decoder_parameters = player_parameters(model)
+    optimizers = [
+        torch.optim.Adam(encoder_parameters, settings.encoder_learning_rate, betas),
+        torch.optim.Adam(decoder_parameters, settings.decoder_learning_rate, betas),
+    ]
+    schedulers = [
+        get_scheduler(settings.lr_scheduler, optimizer, settings.lr_warmup_steps, settings.max_train_steps)
+        for optimizer in optimizers
+    ]
+    ema = EMAModel(model.parameters(), decay=settings.ema_decay) if settings.use_ema else None
+    loop = ClosedLoop(model, settings.closed_loop_objective(num_classes), *optimizers, play=settings.play)
+
+    # The record
+    history = History()
+    accelerator.register_for_checkpointing(model, *optimizers, *schedulers, history, *([ema] if ema else []))
+    if settings.resume_from_checkpoint:
+        checkpoint = find_checkpoint(output_dir, settings.resume_from_checkpoint)
+        accelerator.load_state(str(checkpoint))
+        accelerator.print(f"Resumed from {checkpoint}")
+    accelerator.init_trackers("ctrl_csc", config=asdict(settings))
+    interrupt = InterruptFlag()
+
+    def evaluate() -> CtrlCscModel:
+        evaluated = model
+        if ema:
+            evaluated = averaged_model(model, ema, calibration, settings.train_batch_size)
+        figures, reconstructions = held_out_figures(
+            evaluated, held_out, settings.train_batch_size, settings.distortion
+        )
+        history.record(**figures)
+        accelerator.log(figures, step=history.step)
+        save_grid(output_dir / "samples" / f"step-{history.step:06d}.png", held_out, reconstructions)
+        progress.write(
+            f"step {history.step}: held-out PSNR {figures['held_out_psnr']:.2f} dB, "
+            f"match {figures['held_out_match']:.1%}, R(Z) {figures['held_out_rate']:.1f} nats, "
+            f"dR {figures['held_out_rate_reduction']:.2f} nats"
+        )
+        return evaluated
+
+    # The game
+    progress = tqdm(total=settings.max_train_steps, initial=history.step, desc="training", smoothing=0.05)
+    if history.step == 0:
+        evaluate()
+    batches = endless_batches(loader, stream, history)
+    while history.step < settings.max_train_steps and not interrupt.requested:
+        batch = next(batches)
+        pixel_values = batch["pixel_values"].to(accelerator.device, memory_format=torch.channels_last)
+        labels = batch["labels"].to(accelerator.device) if "labels" in batch else None
+        augmented = augment(pixel_values) if settings.augmentation_consistency else None
+        try:
+            with accelerator.autocast():
+                figures = loop.step(pixel_values, labels, augmented)
+        except FloatingPointError as error:
+            raise FloatingPointError(
+                f"step {history.step + 1}: {error}. The run stops; the last checkpoint in {output_dir} is intact."
+            ) from error
+        for scheduler in schedulers:
+            scheduler.step()
+        if ema:
+            ema.step(model.parameters())
+        history.step += 1
+
+        shown = {name: value.item() for name, value in vars(figures).items()}
+        progress.update()
+        images_per_second = len(pixel_values) * (progress.format_dict["rate"] or 0)
+        progress.set_postfix_str(
+            f"dR {shown['rate_reduction']:.2f}, R(Z) {shown['rate']:.1f}, "
+            f"R(Zh) {shown['reconstructed_rate']:.1f}, PSNR {shown['psnr']:.1f} dB, {images_per_second:.0f} images/s"
+            + (f", {history.unreadable} unreadable" if history.unreadable else "")
+        )
+        if history.step % settings.logging_steps == 0:
+            history.record(**shown)
+            accelerator.log(
+                {**shown, "images_per_second": images_per_second, "unreadable": history.unreadable},
+                step=history.step,
+            )
+        if history.step % settings.validation_steps == 0 and history.step < settings.max_train_steps:
+            evaluate()
+        if history.step % settings.checkpointing_steps == 0:
+            save_checkpoint(accelerator, output_dir, history.step, settings.checkpoints_total_limit)
+
+    if interrupt.requested:
+        checkpoint = save_checkpoint(
+            accelerator, output_dir, history.step, settings.checkpoints_total_limit
+        )
+        progress.close()
+        accelerator.end_training()
+        sys.exit(f"Interrupted; go on with --resume_from_checkpoint {checkpoint}")
+
+    trained = evaluate()
+    progress.close()
+    save_model(trained, output_dir, history, asdict(settings))
+    if history.unreadable:
+        accelerator.print(f"{history.unreadable} unreadable images were skipped")
+    accelerator.print(f"Model, image processor and metrics.json are in {output_dir}")
+    if settings.push_to_hub:
+        repository = trained.push_to_hub(settings.hub_model_id or output_dir.name)
+        accelerator.print(f"Pushed to {repository}")
+    accelerator.end_training()
+    return output_dir
+
+
+def load_data(
+    settings: TrainingSettings, config: CtrlCscConfig
+) -> tuple[ImageStream, torch.Tensor, torch.Tensor, int | None]:
+    """The stream of training images, held-out images, images to calibrate batch norms on, the number of classes."""
+
+    def load(split: str):
+        return load_images(
+            ImageSource(
+                dataset_name=settings.dataset_name,
+                dataset_config_name=settings.dataset_config_name,
+                train_data_dir=settings.train_data_dir,
+                split=split,
+                streaming=settings.streaming,
+                image_column=settings.image_column,
+                label_column=settings.label_column,
+                cache_dir=settings.cache_dir,
+            )
+        )
+
+    images = load(settings.train_split)
+    if settings.validation_split:
+        held_out_images = load(settings.validation_split)
+    else:
+        held_out_images = images.take(settings.num_validation_images)
+        images = images.skip(settings.num_validation_images)
+    form = {
+        "image_column": settings.image_column,
+        "label_column": settings.label_column,
+        "image_size": config.image_size,
+    }
+    held_out = take_images(held_out_images, settings.num_validation_images, **form)["pixel_values"]
+    calibration = take_images(images, CALIBRATION_IMAGES, **form)["pixel_values"] if settings.use_ema else None
+    num_classes = None
+    if settings.objective == "multi":
+        num_classes = getattr(images.features[settings.label_column], "num_classes", None)
+        if num_classes is None:
+            raise ValueError(f"label_column={settings.label_column!r} must be of the type ClassLabel for multi")
+    stream = ImageStream(
+        images,
+        augmentation=settings.augmentation,
+        shuffle=True,
+        shuffle_buffer=settings.shuffle_buffer,
+        seed=settings.seed,
+        **form,
+    )
+    return stream, held_out, calibration, num_classes
+
+
+if __name__ == "__main__":
+    main(*parse_settings())
