@@ -91,7 +91,10 @@ def test_transparency_is_put_on_white(mode):
 
 
 def test_a_palette_with_alpha_is_put_on_white():
-    image = Image.new("RGBA", (SIZE, SIZE), (10, 20, 30, 51)).convert("PA")
+    image = Image.new("P", (SIZE, SIZE), 1)
+    image.putpalette([0, 0, 0, 10, 20, 30])
+    image = image.convert("PA")
+    image.putalpha(51)
     on_white = np.full((SIZE, SIZE, 3), [206, 208, 210])  # 10 / 5 + 255 * 4 / 5 = 206
     torch.testing.assert_close(process(image), to_unit(on_white))
 

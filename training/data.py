@@ -1,6 +1,9 @@
-"""Images for training: read from any source of `datasets`, decoded here, split over processes and loader workers."""
+"""Images for training: any source of `datasets`, decoded here, divided over processes and loader workers."""
 
+import hashlib
 import logging
+import math
+import random
 from collections.abc import Iterator
 from dataclasses import dataclass
 from io import BytesIO
@@ -18,6 +21,10 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from ctrl_csc_hf.image_processing_ctrl_csc import CtrlCscImageProcessor
 
 logger = logging.getLogger(__name__)
+
+# datasets 5 sleeps 5 s after every shuffled epoch of Parquet files, against a crash of Arrow at the exit of
+# programs that leave a stream half read; here every epoch has an owner that closes it first.
+datasets.config.SLEEP_TIME_ON_THREADS_SHUTDOWN = 0
 
 Augmentation = Literal["none", "flip", "crop_and_flip"]
 ImageDataset = datasets.Dataset | datasets.IterableDataset
@@ -86,11 +93,11 @@ def load_images(source: ImageSource) -> ImageDataset:
 
 
 class ImageStream(IterableDataset):
-    """Decoded images of a data set, one pass an epoch, divided over processes and the workers of a `DataLoader`.
+    """Decoded images of a data set, one pass an epoch, divided over processes and a `DataLoader`'s workers.
 
-    Every image is seen exactly once an epoch by one worker of one process, whatever their numbers. The order is a
-    pure function of seed, epoch and the numbers of processes and workers. A map-style data set is permuted as a
-    whole. A streamed one is shuffled by `datasets`: the order of its shards, then a buffer of images.
+    Every image is seen exactly once an epoch by one worker of one process, whatever their numbers. The order
+    is a pure function of seed, epoch and the numbers of processes and workers. A map-style data set is mixed
+    as a whole. A streamed one is shuffled by `datasets`: the order of its shards, then a buffer of images.
 
     An image that cannot be read is skipped, logged and counted.
 
@@ -99,8 +106,8 @@ class ImageStream(IterableDataset):
         image_column: column of the images.
         label_column: column of the labels, or None.
         image_size: side of the square results, in pixels.
-        augmentation: "none"; "flip", left to right for half of the images; or "crop_and_flip", that and a crop of
-            half to all of the area. Drawn from seed, epoch and position, not from a global generator.
+        augmentation: "none"; "flip", left to right for half of the images; or "crop_and_flip", that and a
+            crop of half to all of the area. Drawn from seed, epoch and position, not from a global generator.
         shuffle: another order in every epoch, instead of that of the source.
         shuffle_buffer: images in the buffer of a streamed data set, in each worker.
         seed: of order and augmentation.
@@ -168,7 +175,7 @@ class ImageStream(IterableDataset):
                 continue
             if last is not None:
                 yield last
-            pixels = self._augmented(image, np.random.default_rng((self.seed, epoch, *position)))
+            pixels = self._augmented(image, random.Random(f"{self.seed} {epoch} {position}"))
             last, skipped = _example(pixels, row, self.label_column, skipped), 0
         if last is not None:
             last["unreadable"] += skipped
@@ -179,7 +186,7 @@ class ImageStream(IterableDataset):
         worker = get_worker_info()
         index, count = (worker.id, worker.num_workers) if worker else (0, 1)
         if isinstance(self.dataset, datasets.IterableDataset):
-            # Inside a worker this gives the worker's shards alone, although it is not the DataLoader's data set.
+            # In a worker this gives the worker's shards alone, although it is not the DataLoader's data set.
             for position, row in enumerate(self.dataset):
                 yield (self.rank, index, position), row
         else:
@@ -193,7 +200,7 @@ class ImageStream(IterableDataset):
                 for offset, position in enumerate(positions):
                     yield (position,), {name: values[offset] for name, values in columns.items()}
 
-    def _augmented(self, image: Image.Image, generator: np.random.Generator) -> Image.Image:
+    def _augmented(self, image: Image.Image, generator: random.Random) -> Image.Image:
         """An RGB image of any size, augmented, as a square one."""
         if self.augmentation == "crop_and_flip":
             box = _random_box(image.size, generator)
@@ -209,8 +216,8 @@ def collate(examples: list[dict[str, Any]]) -> dict[str, Any]:
     """A batch of what `ImageStream` yields.
 
     Returns:
-        `pixel_values`, float32 (n, 3, image_size, image_size) in [-1, 1], within a rounding error what the image
-        processor gives for the same 8-bit pixels; `labels`, int64 (n,), if there are labels; `unreadable`, int.
+        `pixel_values`, float32 (n, 3, image_size, image_size) in [-1, 1], what the image processor gives for
+        the same 8-bit pixels, up to rounding; `labels`, int64 (n,), if there are labels; `unreadable`, int.
     """
     pixels = torch.stack([example["pixel_values"] for example in examples])
     batch: dict[str, Any] = {
@@ -236,16 +243,16 @@ class ImageLoader(DataLoader):
             yield batch
         if is_empty:
             raise ValueError(
-                f"an epoch gave no batch of {self.batch_size} images: the data set is empty, none of its images can "
-                "be read (see the warnings), or drop_last leaves no whole batch in any of "
+                f"an epoch gave no batch of {self.batch_size} images: the data set is empty, none of its "
+                "images can be read (see the warnings), or drop_last leaves no whole batch to any of "
                 f"{max(1, self.num_workers)} workers"
             )
 
 
 def build_dataloader(stream: ImageStream, *, batch_size: int, num_workers: int, drop_last: bool) -> ImageLoader:
-    """Batches of a stream, see `collate`. The stream divides itself over processes: Accelerate must not do so again.
+    """Batches of a stream, see `collate`. As the stream divides itself over processes, Accelerate must not.
 
-    Every worker fills batches of its own, so that with `drop_last` each may leave out some images of an epoch.
+    Every worker fills batches of its own: with `drop_last`, each may leave out some images of an epoch.
     """
     return ImageLoader(
         stream,
@@ -282,18 +289,50 @@ def take_images(
     return collate(examples)
 
 
+def hold_out(dataset: ImageDataset, count: int, *, image_column: str) -> tuple[ImageDataset, ImageDataset]:
+    """A data set that `load_images` gives, without its first `count` images, and those.
+
+    A stream leaves them out by content, with every copy of theirs: its own `skip` leaves out other images as
+    soon as loader workers divide the shards.
+
+    Raises:
+        ValueError: if there are no more than `count` images.
+    """
+    if isinstance(dataset, datasets.IterableDataset):
+        first = [_digest(row[image_column]) for row in dataset.take(count + 1)]
+        size = len(first)
+    else:
+        size = len(dataset)
+    if size <= count:
+        raise ValueError(f"count must be less than the number of images, {size}, got {count}")
+    if isinstance(dataset, datasets.Dataset):
+        return dataset.select(range(count, size)), dataset.select(range(count))
+    digests = frozenset(first[:count])
+    rest = dataset.filter(_is_not_in, input_columns=image_column, fn_kwargs={"digests": digests})
+    return rest, dataset.take(count)
+
+
+def _is_not_in(encoded: dict[str, Any], digests: frozenset[bytes]) -> bool:
+    return _digest(encoded) not in digests
+
+
+def _digest(encoded: dict[str, Any]) -> bytes:
+    data = (encoded["bytes"] or encoded["path"].encode()) if encoded else b""
+    return hashlib.blake2b(data, digest_size=16).digest()
+
+
 def _undecoded(dataset: ImageDataset, image_column: str, label_column: str | None) -> ImageDataset:
     """The columns asked for, images as {"bytes", "path"}."""
     if dataset.features is None:  # a stream whose columns show in its first rows only
         dataset = dataset._resolve_features()
-    columns = {"image_column": image_column} | ({} if label_column is None else {"label_column": label_column})
+    columns = {"image_column": image_column}
+    if label_column is not None:
+        columns["label_column"] = label_column
     for argument, column in columns.items():
         if column not in dataset.features:
-            raise ValueError(f"{argument} must be one of the columns {list(dataset.features)}, got {column!r}")
+            raise ValueError(f"{argument} must be one of {list(dataset.features)}, got {column!r}")
     if not isinstance(dataset.features[image_column], datasets.Image):
-        raise ValueError(
-            f"image_column must hold images, but {image_column!r} holds {dataset.features[image_column]}"
-        )
+        raise ValueError(f"image_column must hold images, but {image_column!r} holds {dataset.features[image_column]}")
     if label_column is not None and "int" not in getattr(dataset.features[label_column], "dtype", ""):
         raise ValueError(
             f"label_column must hold integers, but {label_column!r} holds {dataset.features[label_column]}"
@@ -303,15 +342,16 @@ def _undecoded(dataset: ImageDataset, image_column: str, label_column: str | Non
 
 
 def _open(encoded: dict[str, Any], image_size: int, position: int) -> Image.Image | None:
-    """An RGB image whose sides are at least twice `image_size`, or as in the file; None if it cannot be read."""
+    """An RGB image, or None. A large JPEG is decoded reduced, to sides of at least twice `image_size`."""
     try:
         data = encoded["bytes"]
         if data is None:
             with xopen(encoded["path"], "rb") as file:
                 data = file.read()
         image = Image.open(BytesIO(data))
-        image.draft(None, (2 * image_size, 2 * image_size))  # JPEG decodes to 1/2, 1/4 or 1/8 at a fraction of the cost
-        image = ImageOps.exif_transpose(image)
+        image.draft(None, (2 * image_size, 2 * image_size))  # to 1/2, 1/4 or 1/8 at a fraction of the cost
+        ImageOps.exif_transpose(image, in_place=True)
+        image.load()
         if image.mode in ("RGB", "L") and not image.has_transparency_data:
             return image.convert("RGB")
         return Image.fromarray(_to_rgb(image).pixel_values[0].round().astype(np.uint8).transpose(1, 2, 0))
@@ -337,12 +377,11 @@ def _square(image: Image.Image, size: int) -> Image.Image:
     return image.crop((left, top, left + size, top + size))
 
 
-def _random_box(size: tuple[int, int], generator: np.random.Generator) -> tuple[float, float, float, float]:
+def _random_box(size: tuple[int, int], generator: random.Random) -> tuple[float, float, float, float]:
     """Left, upper, right and lower of a part of the image."""
     area = generator.uniform(*CROP_AREA) * size[0] * size[1]
-    ratio = np.exp(generator.uniform(*np.log(CROP_RATIO)))
-    width = min(size[0], np.sqrt(area * ratio))
-    height = min(size[1], np.sqrt(area / ratio))
+    ratio = math.exp(generator.uniform(*map(math.log, CROP_RATIO)))
+    width, height = min(size[0], math.sqrt(area * ratio)), min(size[1], math.sqrt(area / ratio))
     left, top = generator.uniform(0, size[0] - width), generator.uniform(0, size[1] - height)
     return left, top, left + width, top + height
 

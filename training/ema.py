@@ -7,7 +7,7 @@ from diffusers.training_utils import EMAModel
 from torch import Tensor
 
 from ctrl_csc_hf import CtrlCscModel
-from ctrl_csc_hf.modeling_ctrl_csc import BatchNorm2d
+from ctrl_csc_hf.modeling_ctrl_csc import BatchNorm
 
 CALIBRATION_IMAGES = 2048
 
@@ -31,7 +31,7 @@ def recompute_statistics(model: CtrlCscModel, images: Tensor, batch_size: int) -
     """Sets the running statistics of every batch norm to the means over the batches of `images`."""
     was_training = model.training
     model.train()
-    norms = [module for module in model.modules() if isinstance(module, BatchNorm2d)]
+    norms = [module for module in model.modules() if isinstance(module, BatchNorm)]
     momenta = [norm.momentum for norm in norms]
     for index, batch in enumerate(images.split(batch_size)):
         for norm in norms:

@@ -90,9 +90,7 @@ def main(settings: TrainingSettings, config: CtrlCscConfig) -> Path:
         evaluated = model
         if ema:
             evaluated = averaged_model(model, ema, calibration, settings.train_batch_size)
-        figures, reconstructions = held_out_figures(
-            evaluated, held_out, settings.train_batch_size, settings.distortion
-        )
+        figures, reconstructions = held_out_figures(evaluated, held_out, settings.train_batch_size, settings.distortion)
         history.record(**figures)
         accelerator.log(figures, step=history.step)
         save_grid(output_dir / "samples" / f"step-{history.step:06d}.png", held_out, reconstructions)
@@ -146,9 +144,7 @@ def main(settings: TrainingSettings, config: CtrlCscConfig) -> Path:
             save_checkpoint(accelerator, output_dir, history.step, settings.checkpoints_total_limit)
 
     if interrupt.requested:
-        checkpoint = save_checkpoint(
-            accelerator, output_dir, history.step, settings.checkpoints_total_limit
-        )
+        checkpoint = save_checkpoint(accelerator, output_dir, history.step, settings.checkpoints_total_limit)
         progress.close()
         accelerator.end_training()
         sys.exit(f"Interrupted; go on with --resume_from_checkpoint {checkpoint}")

@@ -3,7 +3,10 @@
 Importing this package registers its classes with transformers' Auto classes.
 """
 
-from transformers import AutoConfig, AutoImageProcessor, AutoModel
+from transformers import AutoConfig, AutoModel
+
+# Up to transformers 5.17 the shorter import demands torchvision, which nothing here needs.
+from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
 from .configuration_ctrl_csc import CtrlCscConfig
 from .image_processing_ctrl_csc import CtrlCscImageProcessor

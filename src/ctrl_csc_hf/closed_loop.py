@@ -73,11 +73,9 @@ class ClosedLoopObjective:
     def utility(self, latents: Tensor, reconstructed: Tensor, labels: Tensor | None) -> Tensor:
         """J(Z, Zh): latents z and zh (n, d), labels (n,) for "multi" -> scalar, in nats."""
         if self.objective == "multi":
-            if labels is None:
+            if labels is None or self.num_classes is None:
                 raise ValueError("labels must be given for objective='multi', got None")
-            return multiclass_objective(
-                latents, reconstructed, labels, self.num_classes, distortion=self.distortion
-            )
+            return multiclass_objective(latents, reconstructed, labels, self.num_classes, distortion=self.distortion)
         utility = rate_reduction if self.objective == "binary" else unsupervised_objective
         return utility(latents, reconstructed, distortion=self.distortion)
 
@@ -170,9 +168,7 @@ class ClosedLoop:
         objective, encoder, decoder = self.objective, self.model.encoder, self.model.decoder
         encoder_plays, decoder_plays = "encoder" in players, "decoder" in players
         with torch.set_grad_enabled(encoder_plays):
-            encoded = encoder(
-                pixel_values, output_energy=objective.energy > 0, update_statistics=encoder_plays
-            )
+            encoded = encoder(pixel_values, output_energy=objective.energy > 0, update_statistics=encoder_plays)
         z = encoded.latents
         with torch.set_grad_enabled(decoder_plays):
             xh = decoder(z.detach(), update_statistics=decoder_plays).reconstruction

@@ -73,6 +73,12 @@ class CtrlCscConfig(_StrictCtrlCscConfig):
             sizes.append((sizes[-1] + 2 * padding - kernel_size) // stride + 1)
         return sizes
 
+    @property
+    def stage_shapes(self) -> list[tuple[int, int, int, int, int]]:
+        """Of every stage, the last included: signal channels, code channels, kernel size, stride, padding."""
+        channels = [self.num_channels, *self.stage_channels, self.latent_dim]
+        return list(zip(channels, channels[1:], self.kernel_sizes, self.strides, self.paddings, strict=False))
+
     def _check(self) -> None:
         for field in ("image_size", "num_channels", "latent_dim", "num_iterations"):
             _require(getattr(self, field) >= 1, field, getattr(self, field), "a positive integer")

@@ -63,9 +63,7 @@ class CtrlCscImageProcessor(PilBackend):
         super().__init__(**_square(image_size), **kwargs)
 
     @classmethod
-    def from_dict(
-        cls, image_processor_dict: dict[str, Any], image_size: int | None = None, **kwargs: Any
-    ) -> Any:
+    def from_dict(cls, image_processor_dict: dict[str, Any], image_size: int | None = None, **kwargs: Any) -> Any:
         # transformers would drop `from_pretrained(..., image_size=64)` in silence.
         return super().from_dict(image_processor_dict, **_square(image_size), **kwargs)
 
@@ -75,9 +73,7 @@ class CtrlCscImageProcessor(PilBackend):
         layout = None if input_data_format is None else ChannelDimension(input_data_format)
         return [_to_rgb(image, f"images[{index}]", layout) for index, image in enumerate(_flatten(images))]
 
-    def resize(
-        self, image: np.ndarray, size: SizeDict, resample: int | None = None, **kwargs: Any
-    ) -> np.ndarray:
+    def resize(self, image: np.ndarray, size: SizeDict, resample: int | None = None, **kwargs: Any) -> np.ndarray:
         """Resize (3, height, width), uint8 or float32 in [0, 255], keeping the dtype.
 
         Raises:
@@ -121,9 +117,7 @@ class CtrlCscImageProcessor(PilBackend):
             received = images.dtype if isinstance(images, torch.Tensor) else type(images).__name__
             raise ValueError(f"pixel_values is {received}: it must be a tensor or array of floats in [-1, 1]")
         if images.ndim != 4 or images.shape[1] != 3:
-            raise ValueError(
-                f"pixel_values has shape {tuple(images.shape)}: it must be (n, 3, height, width)"
-            )
+            raise ValueError(f"pixel_values has shape {tuple(images.shape)}: it must be (n, 3, height, width)")
         if images.isnan().any():
             raise ValueError("pixel_values holds NaN: it must be numbers in [-1, 1]")
 
@@ -164,9 +158,7 @@ def _to_rgb(image: Any, name: str, layout: ChannelDimension | None) -> np.ndarra
     elif isinstance(image, np.ndarray):
         pixels = image
     else:
-        raise TypeError(
-            f"{name} is of type {type(image).__name__}: it must be a PIL image, a numpy array or a tensor"
-        )
+        raise TypeError(f"{name} is of type {type(image).__name__}: it must be a PIL image, a numpy array or a tensor")
     if pixels.size == 0:
         raise ValueError(f"{name} has shape {pixels.shape}: it must have at least one pixel")
     pixels = _to_8_bit_range(_channels_first(pixels, name, layout), name)

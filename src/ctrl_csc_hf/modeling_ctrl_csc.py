@@ -7,6 +7,7 @@ Dai et al., "Closed-Loop Transcription via Convolutional Sparse Coding", CPAL 20
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -30,7 +31,7 @@ class CtrlCscEncoderOutput(ModelOutput):
     energy: (n,), the stages' sparse-coding energies summed and divided by the image's pixels; where asked for.
     """
 
-    latents: Tensor | None = None
+    latents: Tensor = None  # type: ignore[assignment]  # ModelOutput wants a default
     codes: tuple[Tensor, ...] | None = None
     energy: Tensor | None = None
 
@@ -41,7 +42,7 @@ class CtrlCscDecoderOutput(ModelOutput):
     reconstruction: (n, num_channels, image_size, image_size), pixels in [-1, 1].
     """
 
-    reconstruction: Tensor | None = None
+    reconstruction: Tensor = None  # type: ignore[assignment]
 
 
 @dataclass
@@ -53,22 +54,38 @@ class CtrlCscModelOutput(ModelOutput):
     codes: of every sparse-coding stage (n, stage_channels[l], h_l, w_l), non-negative; where asked for.
     """
 
-    reconstruction: Tensor | None = None
-    latents: Tensor | None = None
+    reconstruction: Tensor = None  # type: ignore[assignment]
+    latents: Tensor = None  # type: ignore[assignment]
     reconstructed_latents: Tensor | None = None
     codes: tuple[Tensor, ...] | None = None
 
 
-class BatchNorm2d(nn.BatchNorm2d):
-    """Batch norm that leaves its running statistics alone where asked to, and can be inverted."""
+class BatchNorm(nn.Module):
+    """Batch norm (n, channels, h, w) that leaves its running statistics alone where asked to, and can be inverted."""
+
+    running_mean: Tensor
+    running_var: Tensor
+    eps = 1e-5
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.momentum = 0.1
+        self.weight = nn.Parameter(torch.ones(channels))
+        self.bias = nn.Parameter(torch.zeros(channels))
+        self.register_buffer("running_mean", torch.zeros(channels))
+        self.register_buffer("running_var", torch.ones(channels))
+
+    def reset_parameters(self) -> None:
+        nn.init.ones_(self.weight)
+        nn.init.zeros_(self.bias)
+        nn.init.zeros_(self.running_mean)
+        nn.init.ones_(self.running_var)
 
     def forward(self, codes: Tensor, update_statistics: bool) -> Tensor:
         mean, variance = self.running_mean, self.running_var
         if self.training and not update_statistics:
             mean, variance = mean.clone(), variance.clone()
-        return F.batch_norm(
-            codes, mean, variance, self.weight, self.bias, self.training, self.momentum, self.eps
-        )
+        return F.batch_norm(codes, mean, variance, self.weight, self.bias, self.training, self.momentum, self.eps)
 
     def inverse(self, signal: Tensor) -> Tensor:
         """Undoes the affine map and the normalisation, with the running statistics as constants."""
@@ -84,6 +101,9 @@ class CtrlCscPreTrainedModel(PreTrainedModel):
     supports_gradient_checkpointing = True
     # Stages are used through their methods, which offloading hooks do not see, so a half is never split.
     _no_split_modules = ["CtrlCscEncoder", "CtrlCscDecoder"]
+    stages: Any  # of each half: ConvolutionalSparseCoding or ConvolutionalDictionary, from pixels inwards
+    norms: Any  # BatchNorm of each stage
+    last_stage: Any  # ConvolutionalDictionary
 
     @classmethod
     def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
@@ -109,11 +129,11 @@ class CtrlCscPreTrainedModel(PreTrainedModel):
                 dictionary.update_operator_norm()
         if self.config.decoder_normalization == "inverse":
             for module in self.modules():
-                if isinstance(module, BatchNorm2d):
+                if isinstance(module, BatchNorm):
                     module.weight.clamp_(min=SMALLEST_GAMMA)
 
     def _init_weights(self, module: nn.Module) -> None:
-        if isinstance(module, ConvolutionalDictionary):
+        if isinstance(module, ConvolutionalDictionary | BatchNorm):
             module.reset_parameters()
         elif isinstance(module, CtrlCscDecoder):
             nn.init.ones_(module.output_scale)
@@ -124,14 +144,26 @@ class CtrlCscPreTrainedModel(PreTrainedModel):
         else:
             super()._init_weights(module)
 
-    def _run_stage(
-        self, stage: Callable[[Tensor, bool], Any], signal: Tensor, update_statistics: bool
-    ) -> Any:
+    def _run_stage(self, stage: Callable[[Tensor, bool], Any], signal: Tensor, update_statistics: bool) -> Any:
         """stage(signal, update_statistics), by gradient checkpointing where that is on."""
         if not (self.gradient_checkpointing and self.training):
             return stage(signal, update_statistics)
         updates = iter([update_statistics])  # the second run, in the backward pass, finds none left
         return self._gradient_checkpointing_func(lambda inputs: stage(inputs, next(updates, False)), signal)
+
+
+def _encode_stage(
+    stage: ConvolutionalSparseCoding, norm: BatchNorm, signal: Tensor, update_statistics: bool
+) -> tuple[Tensor, Tensor]:
+    codes = stage.encode(signal)
+    return codes, norm(codes, update_statistics)
+
+
+def _decode_stage(
+    stage: ConvolutionalDictionary, norm: BatchNorm, size: int, inverse: bool, signal: Tensor, update_statistics: bool
+) -> Tensor:
+    codes = F.relu(norm.inverse(signal) if inverse else norm(signal, update_statistics))
+    return stage.synthesize(codes, (size, size))
 
 
 class CtrlCscEncoder(CtrlCscPreTrainedModel):
@@ -147,22 +179,17 @@ class CtrlCscEncoder(CtrlCscPreTrainedModel):
     def __init__(self, config: CtrlCscConfig) -> None:
         super().__init__(config)
         self.gradient_checkpointing = False
-        channels = [config.num_channels, *config.stage_channels]
-        shapes = list(zip(config.kernel_sizes, config.strides, config.paddings, strict=True))
-        self.stages = nn.ModuleList(
+        stages = [
             ConvolutionalSparseCoding(
-                *channels[stage : stage + 2],
-                *shapes[stage],
-                sparsity=config.sparsity,
-                ridge=config.ridge,
-                num_iterations=config.num_iterations,
+                *shape, sparsity=config.sparsity, ridge=config.ridge, num_iterations=config.num_iterations
             )
-            for stage in range(len(config.stage_channels))
-        )
-        for stage, size in zip(self.stages, config.signal_sizes, strict=False):
+            for shape in config.stage_shapes[:-1]
+        ]
+        for stage, size in zip(stages, config.signal_sizes, strict=False):
             stage.update_operator_norm((size, size))
-        self.norms = nn.ModuleList(BatchNorm2d(width) for width in config.stage_channels)
-        self.last_stage = ConvolutionalDictionary(channels[-1], config.latent_dim, *shapes[-1])
+        self.stages = nn.ModuleList(stages)
+        self.norms = nn.ModuleList(BatchNorm(width) for width in config.stage_channels)
+        self.last_stage = ConvolutionalDictionary(*config.stage_shapes[-1])
         self.register_buffer("latent_norm", torch.ones(()))
         self.post_init()
 
@@ -186,21 +213,18 @@ class CtrlCscEncoder(CtrlCscPreTrainedModel):
         """
         expected = (self.config.num_channels, self.config.image_size, self.config.image_size)
         if pixel_values.ndim != 4 or pixel_values.shape[1:] != expected:
-            raise ValueError(f"pixel_values must have shape (n, {', '.join(map(str, expected))}), got {tuple(pixel_values.shape)}")
+            raise ValueError(
+                f"pixel_values must have shape (n, {', '.join(map(str, expected))}), got {tuple(pixel_values.shape)}"
+            )
         signal = pixel_values.to(self.dtype)
-        all_codes: list[Tensor] = []
-        energy = 0.0
+        all_codes: tuple[Tensor, ...] = ()
+        energy = signal.new_zeros(len(signal))
         for stage, norm in zip(self.stages, self.norms, strict=True):
-
-
-            def code_and_normalize(signal: Tensor, update: bool, stage=stage, norm=norm) -> tuple[Tensor, Tensor]:
-                codes = stage.encode(signal)
-                return codes, norm(codes, update)
-
-            codes, next_signal = self._run_stage(code_and_normalize, signal, update_statistics)
+            codes, next_signal = self._run_stage(partial(_encode_stage, stage, norm), signal, update_statistics)
+            if output_codes:
+                all_codes += (codes,)
             if output_energy:
                 energy = energy + stage.energy(signal, codes)
-            all_codes.append(codes)
             signal = next_signal
         latents = self.last_stage.adjoint(signal).flatten(1)
         length = (latents.square().sum(dim=1, keepdim=True) + LATENT_EPS).sqrt()
@@ -208,7 +232,7 @@ class CtrlCscEncoder(CtrlCscPreTrainedModel):
             self.latent_norm.lerp_(length.detach().mean().to(self.latent_norm.dtype), self.latent_norm_momentum)
         return CtrlCscEncoderOutput(
             latents=latents / length,
-            codes=tuple(all_codes) if output_codes else None,
+            codes=all_codes if output_codes else None,
             energy=energy / self.config.image_size**2 if output_energy else None,
         )
 
@@ -227,14 +251,9 @@ class CtrlCscDecoder(CtrlCscPreTrainedModel):
     def __init__(self, config: CtrlCscConfig) -> None:
         super().__init__(config)
         self.gradient_checkpointing = False
-        channels = [config.num_channels, *config.stage_channels]
-        shapes = list(zip(config.kernel_sizes, config.strides, config.paddings, strict=True))
-        self.stages = nn.ModuleList(
-            ConvolutionalDictionary(*channels[stage : stage + 2], *shapes[stage])
-            for stage in range(len(config.stage_channels))
-        )
-        self.norms = nn.ModuleList(BatchNorm2d(width) for width in config.stage_channels)
-        self.last_stage = ConvolutionalDictionary(channels[-1], config.latent_dim, *shapes[-1])
+        self.stages = nn.ModuleList(ConvolutionalDictionary(*shape) for shape in config.stage_shapes[:-1])
+        self.norms = nn.ModuleList(BatchNorm(width) for width in config.stage_channels)
+        self.last_stage = ConvolutionalDictionary(*config.stage_shapes[-1])
         self.register_buffer("latent_norm", torch.ones(()))
         self.output_scale = nn.Parameter(torch.ones(config.num_channels), requires_grad=config.decoder_affine)
         self.output_bias = nn.Parameter(torch.zeros(config.num_channels), requires_grad=config.decoder_affine)
@@ -258,13 +277,7 @@ class CtrlCscDecoder(CtrlCscPreTrainedModel):
             signal = signal * self.latent_norm
         signal = self.last_stage.synthesize(signal, (sizes[-1], sizes[-1]))
         for stage, norm, size in reversed(list(zip(self.stages, self.norms, sizes, strict=False))):
-
-
-            def normalize_and_synthesize(signal: Tensor, update: bool, stage=stage, norm=norm, size=size) -> Tensor:
-                codes = norm.inverse(signal) if inverse else norm(signal, update)
-                return stage.synthesize(F.relu(codes), (size, size))
-
-            signal = self._run_stage(normalize_and_synthesize, signal, update_statistics)
+            signal = self._run_stage(partial(_decode_stage, stage, norm, size, inverse), signal, update_statistics)
         pixels = signal * self.output_scale[:, None, None] + self.output_bias[:, None, None]
         return CtrlCscDecoderOutput(reconstruction=torch.tanh(pixels))
 
@@ -279,7 +292,7 @@ class CtrlCscModel(CtrlCscPreTrainedModel):
         self._tied_weights_keys = self._shared_tensors()
         self.post_init()
         # The halves overlook each other's tensors on loading; the whole must not.
-        self._keys_to_ignore_on_load_unexpected = set()
+        self._keys_to_ignore_on_load_unexpected: set[str] = set()
 
     def forward(
         self, pixel_values: Tensor, output_reconstructed_latents: bool = False, output_codes: bool = False
@@ -314,7 +327,7 @@ class CtrlCscModel(CtrlCscPreTrainedModel):
         return self.decoder(latents)
 
     def get_parameter(self, target: str) -> Tensor:
-        """Also finds buffers: transformers looks here for what it ties, and an inverted batch norm shares its statistics."""
+        """Also finds buffers: transformers looks here for what it ties, and an inverted batch norm ties some."""
         try:
             return super().get_parameter(target)
         except AttributeError:

@@ -41,9 +41,7 @@ def rate_reduction(features: Tensor, reconstructed: Tensor, *, distortion: float
     return coding_rate(union, distortion=distortion) - parts / 2
 
 
-def class_rate_reduction(
-    features: Tensor, labels: Tensor, num_classes: int, *, distortion: float = 0.5
-) -> Tensor:
+def class_rate_reduction(features: Tensor, labels: Tensor, num_classes: int, *, distortion: float = 0.5) -> Tensor:
     """dR(Z | y) = R(Z) - sum_k (n_k / n) R(Z_k), in nats, over the classes k.
 
     Args:
@@ -94,9 +92,7 @@ def multiclass_objective(
 
 def unsupervised_objective(features: Tensor, reconstructed: Tensor, *, distortion: float = 0.5) -> Tensor:
     """u-CTRL: R(Z) + dR(Z, Zh), in nats; arguments and errors as `rate_reduction`."""
-    return coding_rate(features, distortion=distortion) + rate_reduction(
-        features, reconstructed, distortion=distortion
-    )
+    return coding_rate(features, distortion=distortion) + rate_reduction(features, reconstructed, distortion=distortion)
 
 
 def cosine_distance(features: Tensor, reconstructed: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Figures of merit of reconstructions and latents. Pixels in [-1, 1]; what grows with images is summed batch by batch."""
+"""Figures of merit of reconstructions and latents. Pixels are in [-1, 1]."""
 
 import math
 

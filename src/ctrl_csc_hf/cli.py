@@ -1,0 +1,70 @@
+"""The command line, `ctrl-csc`."""
+
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import typer
+from PIL import Image, UnidentifiedImageError
+from transformers import AutoModel
+
+from .image_processing_ctrl_csc import CtrlCscImageProcessor
+from .metrics import peak_signal_to_noise_ratio
+from .modeling_ctrl_csc import CtrlCscModel
+from .visualization import reconstruction_grid
+
+app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
+
+
+@app.callback()
+def main() -> None:
+    """CTRL-CSC: images as a multi-stage sparse deconvolution."""
+
+
+@app.command()
+def reconstruct(
+    images: Annotated[list[Path], typer.Argument(help="Image files.", exists=True, dir_okay=False)],
+    model: Annotated[str, typer.Option(help="A folder that train.py wrote, or a Hub repository.")],
+    output: Annotated[Path, typer.Option(help="Where to write the picture.")] = Path("reconstructions.png"),
+) -> None:
+    """Writes the images above their reconstructions, and prints the PSNR of each, at the model's size."""
+    if output.suffix.lower() != ".png":
+        raise typer.BadParameter(f"must end in .png, got {output}", param_hint="--output")
+    loaded = _load_model(model)
+    processor = CtrlCscImageProcessor.from_pretrained(model)
+    originals = processor([_open_image(path) for path in images], return_tensors="pt").pixel_values
+    with torch.inference_mode():
+        reconstructions = torch.cat([loaded(batch).reconstruction for batch in originals.split(64)])
+    output.parent.mkdir(parents=True, exist_ok=True)
+    scale = max(1, 128 // originals.shape[-1])
+    reconstruction_grid(originals, reconstructions, scale=scale).save(output)
+    for path, psnr in zip(images, peak_signal_to_noise_ratio(originals, reconstructions).tolist(), strict=True):
+        typer.echo(f"{path}: PSNR {psnr:.2f} dB")
+    typer.echo(f"Originals above reconstructions: {output}")
+
+
+def _load_model(path_or_repository: str) -> CtrlCscModel:
+    try:
+        model = AutoModel.from_pretrained(path_or_repository)
+    except (OSError, ValueError) as error:
+        raise typer.BadParameter(
+            f"must be a folder or a Hub repository with a CTRL-CSC model, got {path_or_repository!r}: {error}",
+            param_hint="--model",
+        ) from error
+    if not isinstance(model, CtrlCscModel):
+        raise typer.BadParameter(
+            f"must hold a CTRL-CSC model, got {type(model).__name__} in {path_or_repository!r}",
+            param_hint="--model",
+        )
+    return model.eval()
+
+
+def _open_image(path: Path) -> Image.Image:
+    try:
+        image = Image.open(path)
+        image.load()
+        return image
+    except (UnidentifiedImageError, OSError) as error:
+        raise typer.BadParameter(
+            f"must be images that PIL can read, got {path}: {error}", param_hint="IMAGES"
+        ) from error
