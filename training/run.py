@@ -7,11 +7,12 @@ import shutil
 import signal
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 from accelerate import Accelerator
 from data import ImageStream
+from huggingface_hub import HfApi
 from torch import Tensor
 from torch.utils.data import DataLoader
 
@@ -43,12 +44,16 @@ class History:
         vars(self).update(state)
 
 
-class InterruptFlag:
+class CatchInterrupt:
     """Turns the first Ctrl-C into a request, which the run answers between two steps; the second one stops at once."""
 
-    def __init__(self) -> None:
+    def __enter__(self) -> Self:
         self.requested = False
-        signal.signal(signal.SIGINT, self._request)
+        self._previous = signal.signal(signal.SIGINT, self._request)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        signal.signal(signal.SIGINT, self._previous)
 
     def _request(self, *_: object) -> None:
         self.requested = True
@@ -149,3 +154,12 @@ def save_model(model: CtrlCscModel, output_dir: Path, history: History, settings
     (output_dir / "training_args.json").write_text(json.dumps(settings, indent=2) + "\n")
     (output_dir / "history.json").write_text(json.dumps(history.records) + "\n")
     training_curves(history.records).savefig(output_dir / "training_curve.png", dpi=120)
+
+
+def push_folder(output_dir: Path, repository: str | None) -> str:
+    """Uploads the model folder, without checkpoints and logs, and returns the repository's address."""
+    api = HfApi()
+    created = api.create_repo(repository or output_dir.resolve().name, exist_ok=True)
+    unpublished = ["checkpoint-*", ".checkpoint-*", "logs/*", "samples/*"]
+    api.upload_folder(repo_id=created.repo_id, folder_path=output_dir, ignore_patterns=unpublished)
+    return str(created)

@@ -4,6 +4,7 @@ This file is the algorithm; settings.py holds the settings, data.py the images, 
 run.py what a run keeps. `--help` lists the settings.
 """
 
+import logging
 import sys
 from dataclasses import asdict
 from pathlib import Path
@@ -12,15 +13,16 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import ProjectConfiguration, set_seed
 from augmentation import augment
-from data import ImageSource, ImageStream, build_dataloader, load_images, take_images
+from data import ImageDataset, ImageSource, ImageStream, build_dataloader, hold_out, load_images, take_images
 from diffusers.training_utils import EMAModel
 from ema import CALIBRATION_IMAGES, averaged_model
 from run import (
+    CatchInterrupt,
     History,
-    InterruptFlag,
     endless_batches,
     find_checkpoint,
     held_out_figures,
+    push_folder,
     save_checkpoint,
     save_grid,
     save_model,
@@ -31,6 +33,9 @@ from transformers import get_scheduler
 
 from ctrl_csc_hf import CtrlCscConfig, CtrlCscModel
 from ctrl_csc_hf.closed_loop import ClosedLoop, player_parameters
+from ctrl_csc_hf.rate_reduction import SMALL_CLASS
+
+logger = logging.getLogger(__name__)
 
 
 def main(settings: TrainingSettings, config: CtrlCscConfig) -> Path:
@@ -84,7 +89,6 @@ def main(settings: TrainingSettings, config: CtrlCscConfig) -> Path:
         accelerator.load_state(str(checkpoint))
         accelerator.print(f"Resumed from {checkpoint}")
     accelerator.init_trackers("ctrl_csc", config=asdict(settings))
-    interrupt = InterruptFlag()
 
     def evaluate() -> CtrlCscModel:
         evaluated = model
@@ -106,42 +110,43 @@ def main(settings: TrainingSettings, config: CtrlCscConfig) -> Path:
     if history.step == 0:
         evaluate()
     batches = endless_batches(loader, stream, history)
-    while history.step < settings.max_train_steps and not interrupt.requested:
-        batch = next(batches)
-        pixel_values = batch["pixel_values"].to(accelerator.device, memory_format=torch.channels_last)
-        labels = batch["labels"].to(accelerator.device) if "labels" in batch else None
-        augmented = augment(pixel_values) if settings.augmentation_consistency else None
-        try:
-            with accelerator.autocast():
-                figures = loop.step(pixel_values, labels, augmented)
-        except FloatingPointError as error:
-            raise FloatingPointError(
-                f"step {history.step + 1}: {error}. The run stops; the last checkpoint in {output_dir} is intact."
-            ) from error
-        for scheduler in schedulers:
-            scheduler.step()
-        if ema:
-            ema.step(model.parameters())
-        history.step += 1
+    with CatchInterrupt() as interrupt:
+        while history.step < settings.max_train_steps and not interrupt.requested:
+            batch = next(batches)
+            pixel_values = batch["pixel_values"].to(accelerator.device, memory_format=torch.channels_last)
+            labels = batch["labels"].to(accelerator.device) if "labels" in batch else None
+            augmented = augment(pixel_values) if settings.augmentation_consistency else None
+            try:
+                with accelerator.autocast():
+                    figures = loop.step(pixel_values, labels, augmented)
+            except FloatingPointError as error:
+                raise FloatingPointError(
+                    f"step {history.step + 1}: {error}. The run stops; the last checkpoint in {output_dir} is intact."
+                ) from error
+            for scheduler in schedulers:
+                scheduler.step()
+            if ema:
+                ema.step(model.parameters())
+            history.step += 1
 
-        shown = {name: value.item() for name, value in vars(figures).items()}
-        progress.update()
-        images_per_second = len(pixel_values) * (progress.format_dict["rate"] or 0)
-        progress.set_postfix_str(
-            f"dR {shown['rate_reduction']:.2f}, R(Z) {shown['rate']:.1f}, "
-            f"R(Zh) {shown['reconstructed_rate']:.1f}, PSNR {shown['psnr']:.1f} dB, {images_per_second:.0f} images/s"
-            + (f", {history.unreadable} unreadable" if history.unreadable else "")
-        )
-        if history.step % settings.logging_steps == 0:
-            history.record(**shown)
-            accelerator.log(
-                {**shown, "images_per_second": images_per_second, "unreadable": history.unreadable},
-                step=history.step,
+            shown = {name: value.item() for name, value in vars(figures).items()}
+            progress.update()
+            images_per_second = len(pixel_values) * (progress.format_dict["rate"] or 0)
+            progress.set_postfix_str(
+                f"dR {shown['rate_reduction']:.2f}, R(Z) {shown['rate']:.1f}, R(Zh) {shown['reconstructed_rate']:.1f}, "
+                f"PSNR {shown['psnr']:.1f} dB, {images_per_second:.0f} images/s"
+                + (f", {history.unreadable} unreadable" if history.unreadable else "")
             )
-        if history.step % settings.validation_steps == 0 and history.step < settings.max_train_steps:
-            evaluate()
-        if history.step % settings.checkpointing_steps == 0:
-            save_checkpoint(accelerator, output_dir, history.step, settings.checkpoints_total_limit)
+            if history.step % settings.logging_steps == 0:
+                history.record(**shown)
+                accelerator.log(
+                    {**shown, "images_per_second": images_per_second, "unreadable": history.unreadable},
+                    step=history.step,
+                )
+            if history.step % settings.validation_steps == 0 and history.step < settings.max_train_steps:
+                evaluate()
+            if history.step % settings.checkpointing_steps == 0:
+                save_checkpoint(accelerator, output_dir, history.step, settings.checkpoints_total_limit)
 
     if interrupt.requested:
         checkpoint = save_checkpoint(accelerator, output_dir, history.step, settings.checkpoints_total_limit)
@@ -156,8 +161,7 @@ def main(settings: TrainingSettings, config: CtrlCscConfig) -> Path:
         accelerator.print(f"{history.unreadable} unreadable images were skipped")
     accelerator.print(f"Model, image processor and metrics.json are in {output_dir}")
     if settings.push_to_hub:
-        repository = trained.push_to_hub(settings.hub_model_id or output_dir.name)
-        accelerator.print(f"Pushed to {repository}")
+        accelerator.print(f"Pushed to {push_folder(output_dir, settings.hub_model_id)}")
     accelerator.end_training()
     return output_dir
 
@@ -167,7 +171,9 @@ def load_data(
 ) -> tuple[ImageStream, torch.Tensor, torch.Tensor, int | None]:
     """The stream of training images, held-out images, images to calibrate batch norms on, the number of classes."""
 
-    def load(split: str):
+    label_column = settings.label_column if settings.objective == "multi" else None
+
+    def load(split: str) -> ImageDataset:
         return load_images(
             ImageSource(
                 dataset_name=settings.dataset_name,
@@ -176,7 +182,7 @@ def load_data(
                 split=split,
                 streaming=settings.streaming,
                 image_column=settings.image_column,
-                label_column=settings.label_column,
+                label_column=label_column,
                 cache_dir=settings.cache_dir,
             )
         )
@@ -185,20 +191,27 @@ def load_data(
     if settings.validation_split:
         held_out_images = load(settings.validation_split)
     else:
-        held_out_images = images.take(settings.num_validation_images)
-        images = images.skip(settings.num_validation_images)
+        images, held_out_images = hold_out(images, settings.num_validation_images, image_column=settings.image_column)
     form = {
         "image_column": settings.image_column,
-        "label_column": settings.label_column,
+        "label_column": label_column,
         "image_size": config.image_size,
     }
     held_out = take_images(held_out_images, settings.num_validation_images, **form)["pixel_values"]
     calibration = take_images(images, CALIBRATION_IMAGES, **form)["pixel_values"] if settings.use_ema else None
     num_classes = None
-    if settings.objective == "multi":
-        num_classes = getattr(images.features[settings.label_column], "num_classes", None)
+    if label_column is not None:
+        num_classes = getattr(images.features[label_column], "num_classes", None)
         if num_classes is None:
-            raise ValueError(f"label_column={settings.label_column!r} must be of the type ClassLabel for multi")
+            raise ValueError(f"label_column={label_column!r} must be of the type ClassLabel for objective='multi'")
+        if settings.train_batch_size < SMALL_CLASS * num_classes:
+            logger.warning(
+                "A batch of %d images has fewer than %d a class: the sum over %d classes swamps the rest of the "
+                "objective 'multi'",
+                settings.train_batch_size,
+                SMALL_CLASS,
+                num_classes,
+            )
     stream = ImageStream(
         images,
         augmentation=settings.augmentation,
