@@ -122,7 +122,9 @@ def test_rate_reduction_is_zero_where_second_moments_agree(n, d):
 
 def test_rate_reduction_grows_from_equal_sets_to_orthogonal_ones():
     basis = torch.eye(8, dtype=torch.float64)
-    turned = [rate_reduction(basis[:4], np.cos(a) * basis[:4] + np.sin(a) * basis[4:]).item() for a in (0, 0.5, 1, np.pi / 2)]
+    turned = [
+        rate_reduction(basis[:4], np.cos(a) * basis[:4] + np.sin(a) * basis[4:]).item() for a in (0, 0.5, 1, np.pi / 2)
+    ]
     assert turned == sorted(turned)
     assert turned[0] == pytest.approx(0, abs=1e-12)
     # Eight orthonormal vectors against four: alpha = d / (n eps^2) is 2 in the union and 4 in each.

@@ -17,7 +17,7 @@ GEOMETRIES = [(2, 3, 3, 1, 1), (3, 4, 4, 2, 1), (1, 5, 2, 3, 0), (2, 2, 5, 2, 4)
 def materialize(stage: ConvolutionalDictionary, size: tuple[int, int]) -> np.ndarray:
     """A as a matrix (C_signal H W, C_code h w), by placing every atom where its code says."""
     atoms = stage.dictionary.detach().double().numpy()
-    code_channels, signal_channels, k, _ = atoms.shape
+    _, signal_channels, k, _ = atoms.shape
     height, width = ((side + 2 * stage.padding - k) // stage.stride + 1 for side in size)
     columns = []
     for atom in atoms:
@@ -44,11 +44,7 @@ def random_signal(stage: ConvolutionalDictionary, size: tuple[int, int], n: int 
 
 
 def objective(matrix, signal, codes, sparsity, ridge) -> float:
-    return (
-        sparsity * np.abs(codes).sum()
-        + ridge / 2 * (codes**2).sum()
-        + ((signal - matrix @ codes) ** 2).sum() / 2
-    )
+    return sparsity * np.abs(codes).sum() + ridge / 2 * (codes**2).sum() + ((signal - matrix @ codes) ** 2).sum() / 2
 
 
 # ---- synthesis and its adjoint
@@ -314,9 +310,7 @@ def reference_codes(matrix, signal, step, sparsity, ridge, iterations, nonnegati
 def test_codes_are_those_of_fista_and_its_first_two_steps_those_of_ista(
     geometry, iterations, accelerated, ridge, nonnegative
 ):
-    stage = random_stage(
-        geometry, sparsity=0.15, ridge=ridge, num_iterations=iterations, nonnegative=nonnegative
-    )
+    stage = random_stage(geometry, sparsity=0.15, ridge=ridge, num_iterations=iterations, nonnegative=nonnegative)
     size = (6, 7)
     x = random_signal(stage, size)
     codes = stage.encode(x).detach().flatten(1).numpy()
@@ -334,14 +328,10 @@ SOLVER = {"fit_intercept": False, "max_iter": 200_000, "tol": 1e-12}
 
 
 @pytest.mark.parametrize("geometry", [(2, 4, 3, 1, 1), (1, 6, 4, 2, 1), (3, 8, 2, 2, 0)])
-@pytest.mark.parametrize(
-    ("nonnegative", "ridge"), [(True, 0.0), (True, 0.2), (False, 0.0), (False, 0.2)]
-)
+@pytest.mark.parametrize(("nonnegative", "ridge"), [(True, 0.0), (True, 0.2), (False, 0.0), (False, 0.2)])
 def test_many_iterations_reach_the_minimum_that_scikit_learn_finds(geometry, nonnegative, ridge):
     sparsity, size = 0.2, (6, 8)
-    stage = random_stage(
-        geometry, sparsity=sparsity, ridge=ridge, num_iterations=1500, nonnegative=nonnegative
-    )
+    stage = random_stage(geometry, sparsity=sparsity, ridge=ridge, num_iterations=1500, nonnegative=nonnegative)
     x = random_signal(stage, size, n=1)
     with torch.no_grad():
         codes = stage.encode(x).flatten().numpy()
@@ -380,7 +370,9 @@ def test_energy_is_the_objective_of_each_image_with_the_ridge_term(geometry):
     energy = stage.energy(x, z)
     assert energy.shape == (3,)
     matrix = materialize(stage, size)
-    expected = [objective(matrix, a.flatten().numpy(), b.flatten().numpy(), 0.3, 0.7) for a, b in zip(x, z, strict=True)]
+    expected = [
+        objective(matrix, a.flatten().numpy(), b.flatten().numpy(), 0.3, 0.7) for a, b in zip(x, z, strict=True)
+    ]
     np.testing.assert_allclose(energy.detach().numpy(), expected, rtol=1e-12)
 
 

@@ -271,5 +271,5 @@ def _adopt_saved_signal_size(
 ) -> None:
     """Makes room for the saved singular vector, whose shape depends on the signals seen before saving."""
     saved = state_dict.get(f"{prefix}singular_vector")
-    if saved is not None:
+    if saved is not None and saved.shape != stage.singular_vector.shape:
         stage.singular_vector = stage.singular_vector.new_zeros(saved.shape)

@@ -73,7 +73,8 @@ def training_curves(records: Sequence[Mapping[str, float]]) -> "Figure":
                 axes.plot(*zip(*points, strict=True), label=label, linewidth=1.2)
         axes.set(xlabel="step", ylabel=unit)
         axes.grid(alpha=0.3)
-        axes.legend(frameon=False)
+        if axes.lines:
+            axes.legend(frameon=False)
         if unit.startswith("share"):
             axes.yaxis.set_major_formatter(PercentFormatter(1.0))
             axes.set_ylim(0, 1)

@@ -1,0 +1,77 @@
+"""What several test files need: the training scripts on the path, tiny image folders, a run of train.py."""
+
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+TRAINING = Path(__file__).parents[1] / "training"
+sys.path.append(str(TRAINING))  # at the end, lest evaluate.py and data.py hide packages of these names
+
+TINY_PRESET = """
+model:
+  image_size: 16
+  latent_dim: 8
+  stage_channels: [8, 8]
+  kernel_sizes: [4, 4, 4]
+  strides: [2, 2, 1]
+  paddings: [1, 1, 0]
+training:
+  train_batch_size: 16
+  num_validation_images: 16
+  max_train_steps: 4
+  validation_steps: 2
+  checkpointing_steps: 2
+  logging_steps: 1
+  lr_scheduler: constant
+  report_to: none
+"""
+
+
+@pytest.fixture
+def tiny_preset(tmp_path: Path) -> Path:
+    path = tmp_path / "tiny.yaml"
+    path.write_text(TINY_PRESET)
+    return path
+
+
+@pytest.fixture(scope="session")
+def image_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """80 images of 20x16 pixels, coloured gradients, in two class folders."""
+    folder = tmp_path_factory.mktemp("images")
+    generator = np.random.default_rng(0)
+    rows, columns = np.mgrid[0:16, 0:20] / 20
+    for index in range(80):
+        colors = generator.random((3, 3))
+        pixels = colors[0] + rows[..., None] * (colors[1] - 0.5) + columns[..., None] * (colors[2] - 0.5)
+        path = folder / "train" / f"class{index % 2}" / f"{index:03d}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray((pixels.clip(0, 1) * 255).astype(np.uint8)).save(path)
+    return folder
+
+
+@pytest.fixture
+def train(tiny_preset: Path, image_folder: Path, tmp_path: Path) -> Callable[..., Path]:
+    """train("--flag", "value", ..., output="name") runs train.py's main in this process on the image folder."""
+    from accelerate.state import AcceleratorState
+    from settings import parse_settings
+    from train import main
+
+    def run(*flags: str, output: str = "model", data: Path = image_folder) -> Path:
+        AcceleratorState._reset_state(reset_partial_state=True)
+        arguments = ["--config", str(tiny_preset), "--train_data_dir", str(data), "--output_dir", str(tmp_path / output)]
+        return main(*parse_settings([*arguments, "--cache_dir", str(tmp_path / "cache"), *flags]))
+
+    return run
+
+
+@pytest.fixture
+def cifar10() -> str:
+    folder = os.environ.get("CTRL_CSC_CIFAR10")
+    if not folder:
+        pytest.skip("CTRL_CSC_CIFAR10 names no local copy of CIFAR-10")
+    return folder

@@ -1,0 +1,490 @@
+"""The game against players written here, whose passes, losses and optimisers are their own."""
+
+import copy
+import itertools
+import math
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+from ctrl_csc_hf import CtrlCscConfig, CtrlCscModel
+from ctrl_csc_hf.closed_loop import ClosedLoop, ClosedLoopObjective, player_parameters
+
+CONFIG = {
+    "image_size": 8,
+    "stage_channels": (4, 5),
+    "kernel_sizes": (4, 4, 2),
+    "strides": (2, 2, 1),
+    "paddings": (1, 1, 0),
+    "latent_dim": 6,
+    "sparsity": 0.05,
+    "ridge": 0.1,
+}
+SHAPES = list(zip(CONFIG["strides"], CONFIG["paddings"], strict=True))
+ARCHITECTURES = list(itertools.product([False, True], ["batch_norm", "inverse"]))
+ARCHITECTURE_IDS = [f"{'shared' if shared else 'separate'}-{norm}" for shared, norm in ARCHITECTURES]
+WEIGHTS = ("encoder_consistency", "decoder_consistency", "augmentation_consistency", "energy")
+NUM_CLASSES = 4
+LABELS = torch.tensor([0, 1, 1, 0, 3, 1, 0, 0, 3, 1])  # of class 2 there is none
+
+
+@pytest.fixture(autouse=True)
+def _float64():
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
+def build_model(shared=False, normalization="batch_norm", **options) -> CtrlCscModel:
+    """A model in training, off its initial values: running statistics, gammas, biases, output scale."""
+    torch.manual_seed(0)
+    options = CONFIG | {"share_dictionaries": shared, "decoder_normalization": normalization} | options
+    model = CtrlCscModel(CtrlCscConfig(**options)).train()
+    model.project_parameters()
+    with torch.no_grad():
+        for half in (model.encoder, model.decoder):
+            for norm in half.norms:
+                norm.weight.uniform_(0.7, 1.3)
+                norm.bias.uniform_(-0.2, 0.3)
+                norm.running_mean.uniform_(0, 0.3)
+                norm.running_var.uniform_(0.5, 1.5)
+            half.latent_norm.fill_(1.4)
+        model.decoder.output_scale.uniform_(0.6, 1.1)
+        model.decoder.output_bias.uniform_(-0.2, 0.2)
+    return model
+
+
+def batch(seed=1) -> torch.Tensor:
+    return torch.rand(10, 3, 8, 8, generator=torch.Generator().manual_seed(seed)) * 2 - 1
+
+
+class Reference:
+    """f and g written out, with parameters theta and eta and running statistics of their own."""
+
+    def __init__(self, model: CtrlCscModel) -> None:
+        self.config = model.config
+        self.inverse = model.config.decoder_normalization == "inverse"
+        self.theta = {name: p.detach().clone().requires_grad_() for name, p in model.encoder.named_parameters()}
+        self.eta = {name: p.detach().clone().requires_grad_() for name, p in model.decoder.named_parameters()}
+        self.shared = [name for name in self.eta if model.config.share_dictionaries and "dictionary" in name]
+        if self.inverse:
+            self.shared += [name for name in self.eta if name.startswith("norms.")]
+        halves = {"encoder": model.encoder, "decoder": model.decoder}
+        self.statistics = {
+            half: {name: b.clone() for name, b in module.named_buffers() if "running" in name or "latent" in name}
+            for half, module in halves.items()
+        }
+        self.stages = copy.deepcopy(model.encoder.stages)  # only to ask for the step size
+
+    def batch_norm(self, half: str, layer: int, codes, update: bool):
+        mean, variance = codes.mean(dim=(0, 2, 3)), codes.var(dim=(0, 2, 3), correction=0)
+        if update:
+            count = codes.numel() / codes.shape[1]
+            statistics = self.statistics[half]
+            for name, now in (("running_mean", mean), ("running_var", variance * count / (count - 1))):
+                key = f"norms.{layer}.{name}"
+                statistics[key] = 0.9 * statistics[key] + 0.1 * now.detach()
+        weights = self.theta if half == "encoder" else self.eta
+        gamma, beta = weights[f"norms.{layer}.weight"], weights[f"norms.{layer}.bias"]
+        normalized = (codes - mean[:, None, None]) / (variance[:, None, None] + 1e-5).sqrt()
+        return gamma[:, None, None] * normalized + beta[:, None, None]
+
+    def encode(self, x, update: bool = False):
+        """z = f(x), and the sparse-coding energy of each image per pixel."""
+        sparsity, ridge, energy = self.config.sparsity, self.config.ridge, 0.0
+        signal = x
+        for layer, (stride, padding) in enumerate(SHAPES[:-1]):
+            atoms = self.theta[f"stages.{layer}.dictionary"]
+            step = 0.9 / self.stages[layer].operator_norm.item() ** 2
+            codes = 0.0
+            for iteration in range(2):
+                residual = signal - F.conv_transpose2d(codes, atoms, None, stride, padding) if iteration else signal
+                ascent = codes + step * F.conv2d(residual, atoms, None, stride, padding)
+                codes = (ascent - step * sparsity).clamp(min=0) / (1 + step * ridge)
+            misfit = signal - F.conv_transpose2d(codes, atoms, None, stride, padding)
+            terms = (sparsity * codes, ridge / 2 * codes**2, misfit**2 / 2)
+            energy = energy + sum(term.sum(dim=(1, 2, 3)) for term in terms)
+            signal = self.batch_norm("encoder", layer, codes, update)
+        vector = F.conv2d(signal, self.theta["last_stage.dictionary"])[:, :, 0, 0]
+        length = ((vector**2).sum(dim=1, keepdim=True) + 1e-6).sqrt()
+        if update:
+            statistics = self.statistics["encoder"]
+            statistics["latent_norm"] = 0.9 * statistics["latent_norm"] + 0.1 * length.detach().mean()
+        if self.inverse:
+            self.statistics["decoder"] = self.statistics["encoder"]
+        return vector / length, energy / 64
+
+    def decode(self, z, update: bool = False):
+        statistics = self.statistics["decoder"]
+        signal = z[:, :, None, None] * (statistics["latent_norm"] if self.inverse else 1)
+        signal = F.conv_transpose2d(signal, self.eta["last_stage.dictionary"])
+        for layer in (1, 0):
+            if self.inverse:
+                deviation = (statistics[f"norms.{layer}.running_var"] + 1e-5).sqrt()[:, None, None]
+                gamma, beta = (self.eta[f"norms.{layer}.{name}"][:, None, None] for name in ("weight", "bias"))
+                mean = statistics[f"norms.{layer}.running_mean"][:, None, None]
+                codes = (signal - beta) / gamma * deviation + mean
+            else:
+                codes = self.batch_norm("decoder", layer, signal, update)
+            stride, padding = SHAPES[layer]
+            atoms = self.eta[f"stages.{layer}.dictionary"]
+            signal = F.conv_transpose2d(codes.clamp(min=0), atoms, None, stride, padding)
+        scale, bias = self.eta["output_scale"], self.eta["output_bias"]
+        return torch.tanh(scale[:, None, None] * signal + bias[:, None, None])
+
+    def encoder_terms(self, settings: ClosedLoopObjective, x, augmented, update: bool = False):
+        """J, S, S between z and z_a, E: what L_f weighs, with xh = g(z) a constant."""
+        z, energy = self.encode(x, update)
+        zh, _ = self.encode(self.decode(z).detach())
+        z_augmented, _ = self.encode(augmented)
+        return (
+            utility(settings, z, zh),
+            consistency(settings, z, zh),
+            consistency(settings, z, z_augmented),
+            energy.mean(),
+        )
+
+    def decoder_terms(self, settings: ClosedLoopObjective, x, update: bool = False):
+        """J, S: what L_g weighs, with z a constant."""
+        z = self.encode(x)[0].detach()
+        zh, _ = self.encode(self.decode(z, update))
+        return utility(settings, z, zh), consistency(settings, z, zh)
+
+    def gradients(self, loss, parameters) -> dict[str, torch.Tensor]:
+        found = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True, retain_graph=True)
+        return {
+            name: torch.zeros_like(p) if g is None else g
+            for (name, p), g in zip(parameters.items(), found, strict=True)
+        }
+
+    @torch.no_grad()
+    def project(self) -> None:
+        for weights in (self.theta, self.eta):
+            for name, parameter in weights.items():
+                if "dictionary" in name:
+                    parameter /= parameter.flatten(1).norm(dim=1)[:, None, None, None]
+        for name in self.shared:
+            self.eta[name].copy_(self.theta[name])
+        for layer, stage in enumerate(self.stages):
+            stage.dictionary.copy_(self.theta[f"stages.{layer}.dictionary"])
+            stage.update_operator_norm()
+
+    def parameters(self) -> dict[str, torch.Tensor]:
+        named = {f"encoder.{name}": p for name, p in self.theta.items()}
+        return named | {f"decoder.{name}": p for name, p in self.eta.items()}
+
+    def buffers(self) -> dict[str, torch.Tensor]:
+        return {f"{half}.{name}": b for half, found in self.statistics.items() for name, b in found.items()}
+
+
+def rate(z):
+    n, d = z.shape
+    if n == 0:
+        return 0.0
+    return torch.linalg.slogdet(torch.eye(d) + d / (n * 0.5) * z.T @ z).logabsdet / 2
+
+
+def difference(z, zh):
+    return rate(torch.cat([z, zh])) - (rate(z) + rate(zh)) / 2
+
+
+def utility(settings: ClosedLoopObjective, z, zh):
+    if settings.objective == "binary":
+        return difference(z, zh)
+    if settings.objective == "unsupervised":
+        return rate(z) + difference(z, zh)
+    members = [k == LABELS for k in range(NUM_CLASSES)]
+    within = [sum(m.sum() / len(z) * rate(features[m]) for m in members) for features in (z, zh)]
+    return rate(z) - within[0] + rate(zh) - within[1] + sum(difference(z[m], zh[m]) for m in members)
+
+
+def consistency(settings: ClosedLoopObjective, z, zh):
+    if settings.consistency == "cosine":
+        return (1 - (z * zh).sum(dim=1) / (z.norm(dim=1) * zh.norm(dim=1))).mean()
+    cosine, a = (z * zh).sum(dim=1) / (z.norm(dim=1) * zh.norm(dim=1)), z.shape[1] / (2 * 0.5)
+    return (0.5 * torch.log(((1 + a) ** 2 - a**2 * cosine**2) / (1 + 2 * a))).mean()
+
+
+def encoder_loss(settings: ClosedLoopObjective, terms):
+    j, s, s_augmented, energy = terms
+    loss = -j + settings.encoder_consistency * s + settings.augmentation_consistency * s_augmented
+    return loss + settings.energy * energy
+
+
+def decoder_loss(settings: ClosedLoopObjective, terms):
+    j, s = terms
+    return j + settings.decoder_consistency * s
+
+
+def make_objective(objective="binary", **options) -> ClosedLoopObjective:
+    return ClosedLoopObjective(objective, num_classes=NUM_CLASSES if objective == "multi" else None, **options)
+
+
+def assert_close(got, expected, what="") -> None:
+    torch.testing.assert_close(got, expected, rtol=1e-7, atol=1e-9, msg=lambda text: f"{what}: {text}")
+
+
+def all_named_parameters(model: CtrlCscModel):
+    return dict(model.named_parameters(remove_duplicate=False))
+
+
+def backward_gradients(model: CtrlCscModel, settings: ClosedLoopObjective) -> dict[str, torch.Tensor | None]:
+    loop = ClosedLoop(model, settings, *(torch.optim.SGD(p, lr=1.0) for p in player_parameters(model)))
+    loop.backward(batch(), LABELS, batch(seed=2))
+    return {name: p.grad for name, p in all_named_parameters(model).items()}
+
+
+# ---- gradients
+
+
+@pytest.mark.parametrize("consistency_name", ["cosine", "rate"])
+@pytest.mark.parametrize("objective", ["binary", "multi", "unsupervised"])
+@pytest.mark.parametrize(("shared", "normalization"), ARCHITECTURES, ids=ARCHITECTURE_IDS)
+def test_gradients_of_both_players_equal_two_separate_passes_with_every_weight_on_and_off(
+    shared, normalization, objective, consistency_name
+):
+    model = build_model(shared, normalization)
+    x, augmented = batch(), batch(seed=2)
+    reference, options = Reference(model), {"consistency": consistency_name}
+    encoder_terms = reference.encoder_terms(make_objective(objective, **options), x, augmented, update=True)
+    decoder_terms = reference.decoder_terms(make_objective(objective, **options), x)
+    for values in itertools.product((0.0, 0.7), (0.0, 1.3), (0.0, 0.4), (0.0, 0.2)):
+        weights = dict(zip(WEIGHTS, values, strict=True))
+        settings = make_objective(objective, **options, **weights)
+        expected_encoder = reference.gradients(encoder_loss(settings, encoder_terms), reference.theta)
+        expected_decoder = reference.gradients(decoder_loss(settings, decoder_terms), reference.eta)
+        for name in reference.shared:
+            expected_encoder[name] = expected_decoder[name] = expected_encoder[name] + expected_decoder[name]
+        for name, gradient in backward_gradients(copy.deepcopy(model), settings).items():
+            half, _, local = name.partition(".")
+            expected = expected_encoder if half == "encoder" else expected_decoder
+            assert_close(gradient, expected[local], f"{name} with {weights}")
+            assert "dictionary" not in name or gradient.abs().max() > 1e-4
+
+
+@pytest.mark.parametrize("weight", [0.0, 0.7])
+@pytest.mark.parametrize(("shared", "normalization"), ARCHITECTURES, ids=ARCHITECTURE_IDS)
+def test_gradient_checkpointing_changes_no_gradient_of_the_game(shared, normalization, weight):
+    settings = make_objective("multi", **dict.fromkeys(WEIGHTS, weight))
+    plain, thrifty = build_model(shared, normalization), build_model(shared, normalization)
+    thrifty.gradient_checkpointing_enable()
+    assert thrifty.encoder.gradient_checkpointing and thrifty.decoder.gradient_checkpointing
+    expected, got = backward_gradients(plain, settings), backward_gradients(thrifty, settings)
+    for name, gradient in got.items():
+        assert_close(gradient, expected[name], name)
+    for name, buffer in thrifty.named_buffers():
+        assert_close(buffer, plain.get_buffer(name), name)
+
+
+def test_losses_and_figures_are_those_of_the_definitions():
+    model = build_model()
+    settings = make_objective("multi", **dict.fromkeys(WEIGHTS, 0.5))
+    reference = Reference(model)
+    x, augmented = batch(), batch(seed=2)
+    z, _ = reference.encode(x)
+    xh = reference.decode(z)
+    zh, _ = reference.encode(xh)
+    loop = ClosedLoop(model, settings, *(torch.optim.SGD(p, lr=0.1) for p in player_parameters(model)))
+    figures = loop.step(x, LABELS, augmented)
+    assert_close(figures.encoder_loss, encoder_loss(settings, reference.encoder_terms(settings, x, augmented)).detach())
+    assert_close(figures.decoder_loss, decoder_loss(settings, reference.decoder_terms(settings, x)).detach())
+    assert_close(figures.rate_reduction, difference(z, zh).detach())
+    assert_close(figures.rate, rate(z).detach())
+    assert_close(figures.reconstructed_rate, rate(zh).detach())
+    assert_close(figures.consistency, consistency(settings, z, zh).detach())
+    error = ((x - xh).detach().numpy() ** 2).mean(axis=(1, 2, 3))
+    assert figures.psnr.item() == pytest.approx((10 * np.log10(2**2 / error)).mean(), rel=1e-5)
+    assert not any(figure.requires_grad for figure in vars(figures).values())
+
+
+# ---- steps
+
+
+def optimizers(encoder_parameters, decoder_parameters) -> tuple[torch.optim.Adam, torch.optim.Adam]:
+    # An epsilon this large, so that Adam does not turn the rounding of a tiny gradient into a step.
+    options = {"betas": (0.5, 0.999), "eps": 1e-2}
+    encoder = torch.optim.Adam(encoder_parameters, lr=2e-2, **options)
+    return encoder, torch.optim.Adam(decoder_parameters, lr=5e-2, **options)
+
+
+def reference_step(reference: Reference, players, settings, x, augmented, play: str) -> None:
+    encoder_optimizer, decoder_optimizer = players
+
+    def put(gradients_and_weights) -> None:
+        for optimizer in players:
+            optimizer.zero_grad(set_to_none=True)
+        for gradients, weights in gradients_and_weights:
+            for name, gradient in gradients.items():
+                owner = reference.theta if name in reference.shared else weights
+                before = owner[name].grad
+                owner[name].grad = gradient if before is None else before + gradient
+
+    def decoder_gradients():
+        loss = decoder_loss(settings, reference.decoder_terms(settings, x, update=True))
+        return reference.gradients(loss, reference.eta), reference.eta
+
+    loss = encoder_loss(settings, reference.encoder_terms(settings, x, augmented, update=True))
+    encoder_gradients = reference.gradients(loss, reference.theta), reference.theta
+    if play == "alternating":
+        put([encoder_gradients])
+        encoder_optimizer.step()
+        reference.project()
+        put([decoder_gradients()])
+    else:
+        put([encoder_gradients, decoder_gradients()])
+    encoder_optimizer.step()
+    decoder_optimizer.step()
+    reference.project()
+
+
+@pytest.mark.parametrize("objective", ["binary", "multi", "unsupervised"])
+@pytest.mark.parametrize("weight", [0.0, 0.6])
+@pytest.mark.parametrize("play", ["simultaneous", "alternating"])
+@pytest.mark.parametrize(("shared", "normalization"), ARCHITECTURES, ids=ARCHITECTURE_IDS)
+def test_steps_equal_those_of_reference_players_with_optimizers_of_their_own(
+    shared, normalization, play, weight, objective
+):
+    model = build_model(shared, normalization)
+    settings = make_objective(objective, **dict.fromkeys(WEIGHTS, weight))
+    reference = Reference(model)
+    own = [p for name, p in reference.eta.items() if name not in reference.shared]
+    players = optimizers(list(reference.theta.values()), own)
+    loop = ClosedLoop(model, settings, *optimizers(*player_parameters(model)), play=play)
+    for seed in range(2):
+        x, augmented = batch(seed), batch(seed + 10)
+        loop.step(x, LABELS, augmented)
+        reference_step(reference, players, settings, x, augmented, play)
+    parameters, buffers = reference.parameters(), reference.buffers()
+    for name, parameter in all_named_parameters(model).items():
+        assert_close(parameter.detach(), parameters[name].detach(), name)
+    for name, expected in buffers.items():
+        if normalization == "inverse" or name != "decoder.latent_norm":
+            assert_close(model.get_buffer(name), expected, name)
+
+
+@pytest.mark.parametrize("play", ["simultaneous", "alternating"])
+@pytest.mark.parametrize(("shared", "normalization"), ARCHITECTURES, ids=ARCHITECTURE_IDS)
+def test_running_statistics_after_a_step_are_those_of_one_pass_of_the_real_batch(shared, normalization, play):
+    model = build_model(shared, normalization)
+    settings = make_objective("unsupervised", **dict.fromkeys(WEIGHTS, 0.5))
+    reference = Reference(model)
+    x = batch()
+    z, _ = reference.encode(x, update=True)
+    loop = ClosedLoop(model, settings, *(torch.optim.SGD(p, lr=0.01) for p in player_parameters(model)), play=play)
+    loop.step(x, None, batch(seed=2))
+    for name, expected in reference.statistics["encoder"].items():
+        assert_close(model.encoder.get_buffer(name), expected, name)
+        if normalization == "inverse":
+            assert_close(model.decoder.get_buffer(name), expected, name)
+    if normalization == "batch_norm" and play == "simultaneous":  # the decoder answers at other parameters
+        reference.decode(z, update=True)
+        for name, expected in reference.statistics["decoder"].items():
+            if name != "latent_norm":
+                assert_close(model.decoder.get_buffer(name), expected, name)
+
+
+@pytest.mark.parametrize("play", ["simultaneous", "alternating"])
+@pytest.mark.parametrize(("shared", "normalization"), ARCHITECTURES, ids=ARCHITECTURE_IDS)
+def test_after_a_step_atoms_are_unit_and_norms_belong_to_them(shared, normalization, play):
+    model = build_model(shared, normalization)
+    settings = make_objective("multi", decoder_consistency=1.0)
+    parameters = player_parameters(model)
+    loop = ClosedLoop(model, settings, *(torch.optim.Adam(p, lr=0.3) for p in parameters), play=play)
+    for _ in range(3):
+        loop.step(batch(), LABELS)
+    for dictionary in model.dictionaries():
+        norms = dictionary.dictionary.detach().flatten(1).norm(dim=1)
+        assert_close(norms, torch.ones_like(norms))
+    for stage in model.encoder.stages:
+        unit_signals = torch.eye(stage.signal_channels * math.prod(stage.signal_size))
+        matrix = stage.adjoint(unit_signals.unflatten(1, (-1, *stage.signal_size))).flatten(1)
+        norm = np.linalg.norm(matrix.detach().numpy(), 2)
+        assert stage.operator_norm.item() == pytest.approx(norm, rel=0.01)
+    if normalization == "inverse":  # what is divided by stays away from zero
+        assert min(norm.weight.min() for norm in model.encoder.norms) >= 0.05
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("play", ["simultaneous", "alternating"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("weight", [0.0, 0.5])
+def test_input_that_is_not_finite_stops_the_game_and_leaves_the_parameters_as_they_were(play, value, weight):
+    model = build_model()
+    settings = make_objective(**dict.fromkeys(WEIGHTS, weight))
+    loop = ClosedLoop(model, settings, *optimizers(*player_parameters(model)), play=play)
+    loop.step(batch(), None, batch(seed=2))
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    x = batch()
+    x[3, 1, 2, 5] = value
+    with pytest.raises(FloatingPointError, match=r"the (encoder|decoder)'s loss is (nan|-?inf)"):
+        loop.step(x, None, batch(seed=2))
+    for name, parameter in model.named_parameters():
+        assert torch.equal(parameter, before[name]), name
+        assert parameter.grad is None
+
+
+def test_game_learns_the_batch():
+    model = build_model()
+    settings = make_objective(decoder_consistency=10.0)
+    encoder, decoder = player_parameters(model)
+    loop = ClosedLoop(model, settings, torch.optim.Adam(encoder, 1e-4), torch.optim.Adam(decoder, 2e-2))
+    consistencies = [loop.step(batch()).consistency.item() for _ in range(30)]
+    assert consistencies[-1] < 0.5 * consistencies[0]
+
+
+# ---- whose parameter is whose
+
+
+@pytest.mark.parametrize("affine", [True, False])
+@pytest.mark.parametrize(("shared", "normalization"), ARCHITECTURES, ids=ARCHITECTURE_IDS)
+def test_every_trained_parameter_belongs_to_one_player_and_shared_ones_to_the_encoder(shared, normalization, affine):
+    model = build_model(shared, normalization, decoder_affine=affine)
+    encoder, decoder = ({id(p) for p in parameters} for parameters in player_parameters(model))
+    assert not encoder & decoder
+    assert encoder | decoder == {id(p) for p in model.parameters() if p.requires_grad}
+    assert encoder == {id(p) for p in model.encoder.parameters()}
+    dictionaries = {id(dictionary.dictionary) for dictionary in model.decoder.dictionaries()}
+    norms = {id(p) for norm in model.decoder.norms for p in norm.parameters()}
+    assert dictionaries <= (encoder if shared else decoder)
+    assert norms <= (encoder if normalization == "inverse" else decoder)
+    assert (id(model.decoder.output_scale) in decoder) == affine
+
+
+# ---- errors
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"objective": "ternary"}, r"objective must be one of \('binary', 'multi', 'unsupervised'\), got 'ternary'"),
+        ({"consistency": "l2"}, r"consistency must be one of \('cosine', 'rate'\), got 'l2'"),
+        *(
+            ({name: value}, f"{name} must be a finite number of at least 0, got {value}")
+            for name in WEIGHTS
+            for value in (-0.5, float("nan"), float("inf"))
+        ),
+        ({"distortion": 0.0}, "distortion must be positive, got 0.0"),
+        ({"distortion": float("nan")}, "distortion must be positive, got nan"),
+        ({"objective": "multi"}, "num_classes must be a positive integer for objective='multi', got None"),
+        ({"objective": "multi", "num_classes": 0}, "num_classes must be a positive integer .* got 0"),
+        ({"objective": "multi", "num_classes": -3}, "num_classes must be a positive integer .* got -3"),
+    ],
+)
+def test_objective_that_is_not_allowed_is_an_error_that_names_argument_value_and_what_is_allowed(options, message):
+    with pytest.raises(ValueError, match=message):
+        ClosedLoopObjective(**options)
+
+
+def test_what_a_step_lacks_is_an_error_that_names_it():
+    model = build_model()
+    players = [torch.optim.SGD(p, lr=0.1) for p in player_parameters(model)]
+    with pytest.raises(ValueError, match=r"play must be one of \('simultaneous', 'alternating'\), got 'both'"):
+        ClosedLoop(model, make_objective(), *players, play="both")
+    with pytest.raises(ValueError, match="labels must be given for objective='multi', got None"):
+        ClosedLoop(model, make_objective("multi"), *players).step(batch())
+    with pytest.raises(ValueError, match="augmented must be given where augmentation_consistency is above 0"):
+        ClosedLoop(model, make_objective(augmentation_consistency=1.0), *players).step(batch())
+    with pytest.raises(ValueError, match=r"labels must be in \[0, 4\), got values from 0 to 4"):
+        ClosedLoop(model, make_objective("multi"), *players).step(batch(), LABELS.clamp(max=2) * 2)

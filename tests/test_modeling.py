@@ -1,0 +1,419 @@
+"""Promises of the models: shapes, modes of running, saving and loading, against arithmetic done here."""
+
+import copy
+import itertools
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoConfig, AutoModel
+
+from ctrl_csc_hf import CtrlCscConfig, CtrlCscDecoder, CtrlCscEncoder, CtrlCscModel
+
+CONFIG = {
+    "image_size": 8,
+    "stage_channels": [4, 5],
+    "kernel_sizes": [4, 4, 2],
+    "strides": [2, 2, 1],
+    "paddings": [1, 1, 0],
+    "latent_dim": 6,
+    "sparsity": 0.05,
+    "ridge": 0.2,
+}
+ARCHITECTURES = list(itertools.product([False, True], ["batch_norm", "inverse"]))
+IDS = [f"{'shared' if shared else 'separate'}-{normalization}" for shared, normalization in ARCHITECTURES]
+every_architecture = pytest.mark.parametrize(("shared", "normalization"), ARCHITECTURES, ids=IDS)
+
+
+def build_model(shared=False, normalization="batch_norm", **options) -> CtrlCscModel:
+    """A model in evaluation, off its initial values as after training."""
+    torch.manual_seed(0)
+    options = CONFIG | {"share_dictionaries": shared, "decoder_normalization": normalization} | options
+    model = CtrlCscModel(CtrlCscConfig(**options)).train()
+    with torch.no_grad():
+        for half in (model.encoder, model.decoder):
+            for norm in half.norms:
+                norm.weight.uniform_(0.7, 1.3)
+                norm.bias.uniform_(-0.2, 0.3)
+        model.decoder.output_scale.uniform_(0.6, 1.1)
+        model.decoder.output_bias.uniform_(-0.2, 0.2)
+        model(images())
+    model.project_parameters()
+    return model.eval()
+
+
+def images(n: int = 5, seed: int = 1) -> torch.Tensor:
+    return torch.rand(n, 3, 8, 8, generator=torch.Generator().manual_seed(seed)) * 2 - 1
+
+
+def largest_singular_value(stage) -> float:
+    height, width = stage.signal_size
+    unit_signals = torch.eye(stage.signal_channels * height * width).unflatten(1, (-1, height, width))
+    adjoint = stage.adjoint(unit_signals.to(stage.dictionary)).detach().flatten(1)
+    return np.linalg.norm(adjoint.double().numpy(), 2)
+
+
+def tied_tensors(model: CtrlCscModel) -> dict[str, bool]:
+    """Of every tensor that design gives to both halves: is it one object?"""
+    names = []
+    if model.config.share_dictionaries:
+        names += ["stages.0.dictionary", "stages.1.dictionary", "last_stage.dictionary"]
+    if model.config.decoder_normalization == "inverse":
+        kinds = ("weight", "bias", "running_mean", "running_var")
+        names += ["latent_norm", *(f"norms.{layer}.{kind}" for layer in (0, 1) for kind in kinds)]
+    halves = [dict(half.named_parameters()) | dict(half.named_buffers()) for half in (model.encoder, model.decoder)]
+    return {name: halves[0][name] is halves[1][name] for name in names}
+
+
+# ---- outputs
+
+
+@every_architecture
+def test_outputs_have_the_documented_shapes_and_ranges(shared, normalization):
+    model, x = build_model(shared, normalization), images()
+    out = model(x, output_reconstructed_latents=True, output_codes=True)
+    assert out.reconstruction.shape == (5, 3, 8, 8)
+    assert out.latents.shape == out.reconstructed_latents.shape == (5, 6)
+    assert [tuple(codes.shape) for codes in out.codes] == [(5, 4, 4, 4), (5, 5, 2, 2)]
+    assert out.reconstruction.abs().max() <= 1
+    for latents in (out.latents, out.reconstructed_latents):
+        torch.testing.assert_close(latents.norm(dim=1), torch.ones(5), rtol=0, atol=1e-4)
+    assert out.latents.min() < 0 < out.latents.max()  # not confined to one orthant
+    for codes in out.codes:
+        assert codes.min() == 0 < codes.max()
+    torch.testing.assert_close(model.encode(x).latents, out.latents)
+    torch.testing.assert_close(model.decode(out.latents).reconstruction, out.reconstruction)
+    torch.testing.assert_close(model.encode(out.reconstruction).latents, out.reconstructed_latents)
+
+
+def test_codes_and_reconstructed_latents_come_only_where_asked_for():
+    out = build_model()(images())
+    assert set(out.keys()) == {"reconstruction", "latents"}
+
+
+def test_energy_is_the_sum_of_the_stages_objectives_divided_by_the_pixels():
+    model, x = build_model().double(), images().double()
+    out = model.encoder(x, output_codes=True, output_energy=True)
+    expected, signal = 0.0, x
+    for stage, norm, codes in zip(model.encoder.stages, model.encoder.norms, out.codes, strict=True):
+        synthesis = torch.nn.functional.conv_transpose2d(codes, stage.dictionary, stride=2, padding=1)
+        terms = 0.05 * codes, 0.2 / 2 * codes**2, (signal - synthesis) ** 2 / 2
+        expected = expected + sum(term.sum(dim=(1, 2, 3)) for term in terms)
+        mean, deviation = norm.running_mean, (norm.running_var + 1e-5).sqrt()
+        normalized = (codes - mean[:, None, None]) / deviation[:, None, None]
+        signal = norm.weight[:, None, None] * normalized + norm.bias[:, None, None]
+    torch.testing.assert_close(out.energy, expected / (8 * 8))
+
+
+def test_inverse_undoes_the_batch_norm_of_the_running_statistics():
+    model = build_model(normalization="inverse").double()
+    codes = torch.randn(3, 4, 4, 4, dtype=torch.float64)
+    norm = model.encoder.norms[0]
+    torch.testing.assert_close(norm.inverse(norm(codes, False)), codes)
+    values = {name: tensor.detach().numpy()[:, None, None] for name, tensor in norm.state_dict().items() if tensor.ndim}
+    deviation = np.sqrt(values["running_var"] + 1e-5)
+    expected = (codes.numpy() - values["bias"]) / values["weight"] * deviation + values["running_mean"]
+    np.testing.assert_allclose(norm.inverse(codes).detach().numpy(), expected, rtol=1e-10, atol=1e-12)
+
+
+def test_reconstructed_images_leave_the_running_statistics_alone():
+    model, x = build_model().train(), images()
+    twin = copy.deepcopy(model)
+    model(x, output_reconstructed_latents=True)
+    twin(x)
+    for name, buffer in model.named_buffers():
+        assert torch.equal(buffer, twin.get_buffer(name)), name
+    before = copy.deepcopy(dict(model.encoder.named_buffers()))
+    model.encoder(x, update_statistics=False)
+    assert all(torch.equal(buffer, before[name]) for name, buffer in model.encoder.named_buffers())
+
+
+@every_architecture
+def test_new_model_has_unit_atoms_and_the_operator_norms_that_belong_to_them(shared, normalization):
+    options = CONFIG | {"share_dictionaries": shared, "decoder_normalization": normalization}
+    torch.manual_seed(0)
+    model = CtrlCscModel(CtrlCscConfig(**options))
+    for dictionary in model.dictionaries():
+        norms = dictionary.dictionary.detach().flatten(1).norm(dim=1)
+        torch.testing.assert_close(norms, torch.ones_like(norms))
+    for stage in model.encoder.stages:
+        assert stage.operator_norm.item() == pytest.approx(largest_singular_value(stage), rel=0.01)
+
+
+# ---- modes of running
+
+
+@every_architecture
+def test_gradient_checkpointing_changes_no_output_gradient_or_running_statistic(shared, normalization):
+    plain = build_model(shared, normalization).train()
+    thrifty = copy.deepcopy(plain)
+    thrifty.gradient_checkpointing_enable()
+    assert thrifty.encoder.gradient_checkpointing and thrifty.decoder.gradient_checkpointing
+    outputs = []
+    for model in (plain, thrifty):
+        out = model(images(), output_reconstructed_latents=True)
+        (out.reconstruction.square().sum() + (out.latents * out.reconstructed_latents).sum()).backward()
+        outputs.append(out)
+    for key in outputs[0]:
+        torch.testing.assert_close(outputs[0][key], outputs[1][key])
+    named = dict(thrifty.named_parameters())
+    for name, parameter in plain.named_parameters():
+        torch.testing.assert_close(named[name].grad, parameter.grad, msg=name)
+    for name, buffer in plain.named_buffers():
+        torch.testing.assert_close(thrifty.get_buffer(name), buffer, msg=name)
+
+
+def assert_compiled_matches_eager(backend: str, architectures) -> None:
+    for shared, normalization in architectures:
+        torch.compiler.reset()
+        model, x = build_model(shared, normalization), images()
+        for mode in (model.eval(), copy.deepcopy(model).train()):
+            expected = copy.deepcopy(mode)(x, output_reconstructed_latents=True)
+            got = torch.compile(mode, fullgraph=True, backend=backend)(x, output_reconstructed_latents=True)
+            for key in expected:
+                torch.testing.assert_close(got[key], expected[key], rtol=1e-4, atol=1e-5)
+
+
+def test_model_compiles_into_one_graph_and_gives_the_same():
+    assert_compiled_matches_eager("eager", [(False, "batch_norm"), (True, "inverse")])
+
+
+@pytest.mark.slow
+def test_every_architecture_compiles_into_one_graph_of_the_default_backend():
+    assert_compiled_matches_eager("inductor", ARCHITECTURES)
+
+
+@every_architecture
+def test_bfloat16_autocast_is_finite_and_close(shared, normalization):
+    model, x = build_model(shared, normalization), images()
+    expected = model(x)
+    with torch.autocast("cpu", torch.bfloat16):
+        got = model(x)
+    torch.testing.assert_close(got.latents.float(), expected.latents, rtol=0, atol=0.05)
+    torch.testing.assert_close(got.reconstruction.float(), expected.reconstruction, rtol=0, atol=0.1)
+    model.train()
+    with torch.autocast("cpu", torch.bfloat16):
+        model(x).reconstruction.float().square().sum().backward()
+    assert all(p.grad is None or p.grad.isfinite().all() for p in model.parameters())
+
+
+def test_channels_last_gives_the_same():
+    model, x = build_model(), images()
+    expected = model(x)
+    got = copy.deepcopy(model).to(memory_format=torch.channels_last)(x.to(memory_format=torch.channels_last))
+    torch.testing.assert_close(got.latents, expected.latents)
+    torch.testing.assert_close(got.reconstruction, expected.reconstruction)
+
+
+@every_architecture
+def test_model_changes_dtype_and_keeps_what_its_halves_share(shared, normalization):
+    model = build_model(shared, normalization)
+    for moved in (copy.deepcopy(model), copy.deepcopy(model).double(), copy.deepcopy(model).to(torch.bfloat16)):
+        untied = [name for name, tied in tied_tensors(moved).items() if not tied]
+        assert not untied
+    moved = copy.deepcopy(model).double().train()
+    moved(images().double())
+    if normalization == "inverse":  # the decoder inverts what the encoder normalised by just now
+        assert torch.equal(moved.decoder.norms[0].running_mean, moved.encoder.norms[0].running_mean)
+        assert torch.equal(moved.decoder.latent_norm, moved.encoder.latent_norm)
+
+
+# ---- saving and loading
+
+LOAD_AND_RUN = """
+import sys
+from pathlib import Path
+import torch, transformers, ctrl_csc_hf
+for folder in Path(sys.argv[1]).iterdir():
+    model = transformers.AutoModel.from_pretrained(folder)
+    assert type(model) is ctrl_csc_hf.CtrlCscModel and not model.training
+    with torch.no_grad():
+        out = model(torch.load(Path(sys.argv[2]) / "images.pt"), output_reconstructed_latents=True, output_codes=True)
+    torch.save([out.latents, out.reconstruction, out.reconstructed_latents, *out.codes],
+               Path(sys.argv[2]) / f"{folder.name}.pt")
+"""
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """Folders of every architecture's model, and what a new process makes of them."""
+    folder, outputs = tmp_path_factory.mktemp("models"), tmp_path_factory.mktemp("outputs")
+    models = {}
+    for name, architecture in zip(IDS, ARCHITECTURES, strict=True):
+        models[name] = build_model(*architecture)
+        models[name].save_pretrained(folder / name)
+    torch.save(images(), outputs / "images.pt")
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "HF_HUB_OFFLINE": "1"}
+    subprocess.run([sys.executable, "-c", LOAD_AND_RUN, folder, outputs], env=environment, check=True)
+    return folder, outputs, models
+
+
+@pytest.mark.parametrize("name", IDS)
+def test_saved_model_gives_the_same_bits_in_a_new_process(saved, name):
+    _, outputs, models = saved
+    with torch.no_grad():
+        out = models[name](images(), output_reconstructed_latents=True, output_codes=True)
+    expected = [out.latents, out.reconstruction, out.reconstructed_latents, *out.codes]
+    for got, tensor in zip(torch.load(outputs / f"{name}.pt"), expected, strict=True):
+        assert torch.equal(got, tensor)
+
+
+@pytest.mark.parametrize("name", IDS)
+def test_saved_folder_holds_safetensors_only_and_shared_dictionaries_once(saved, name):
+    folder, _, models = saved
+    assert {path.name for path in (folder / name).iterdir()} == {"config.json", "model.safetensors"}
+    shapes = [tuple(tensor.shape) for tensor in load_file(folder / name / "model.safetensors").values()]
+    copies = 1 if name.startswith("shared") else 2
+    for dictionary in models[name].encoder.dictionaries():
+        assert shapes.count(tuple(dictionary.dictionary.shape)) == copies
+
+
+@pytest.mark.parametrize("name", IDS)
+def test_loading_misses_nothing_and_ties_again_what_is_shared(saved, name):
+    model, info = CtrlCscModel.from_pretrained(saved[0] / name, output_loading_info=True)
+    assert not any(info.values()), info
+    assert all(tied_tensors(model).values())
+    for key, tensor in saved[2][name].state_dict().items():
+        assert torch.equal(model.state_dict()[key], tensor), key
+
+
+def test_configuration_loads_as_it_was_saved(saved):
+    for name, (shared, normalization) in zip(IDS, ARCHITECTURES, strict=True):
+        config = AutoConfig.from_pretrained(saved[0] / name)
+        assert isinstance(config, CtrlCscConfig)
+        assert (config.share_dictionaries, config.decoder_normalization) == (shared, normalization)
+        assert {field: getattr(config, field) for field in CONFIG} == CONFIG
+
+
+@pytest.mark.parametrize("name", IDS)
+def test_model_loads_in_bfloat16(saved, name):
+    model = AutoModel.from_pretrained(saved[0] / name, dtype=torch.bfloat16)
+    assert {tensor.dtype for tensor in model.state_dict().values() if tensor.is_floating_point()} == {torch.bfloat16}
+    assert all(tied_tensors(model).values())
+    out, expected = model(images()), saved[2][name](images())
+    assert out.latents.dtype == torch.bfloat16
+    torch.testing.assert_close(out.latents.float(), expected.latents, rtol=0, atol=0.1)
+    for stage in model.encoder.stages:
+        assert stage.operator_norm.item() == pytest.approx(largest_singular_value(stage), rel=0.01)
+
+
+@pytest.mark.parametrize("device_map", ["auto", "cpu"])
+@pytest.mark.parametrize("name", IDS)
+def test_model_loads_by_device_map(saved, name, device_map):
+    pytest.importorskip("accelerate")
+    model = AutoModel.from_pretrained(saved[0] / name, device_map=device_map)
+    out, expected = model(images().to(model.device)), saved[2][name](images())
+    torch.testing.assert_close(out.reconstruction.cpu(), expected.reconstruction, rtol=1e-4, atol=1e-4)
+    assert all(tied_tensors(model).values())
+
+
+@pytest.mark.parametrize("name", IDS)
+def test_encoder_loads_alone(saved, name):
+    encoder, info = CtrlCscEncoder.from_pretrained(saved[0] / name, output_loading_info=True)
+    assert not any(info.values()), info
+    assert torch.equal(encoder(images()).latents, saved[2][name].encode(images()).latents)
+
+
+def test_decoder_with_tensors_of_its_own_loads_alone(saved):
+    decoder, info = CtrlCscDecoder.from_pretrained(saved[0] / "separate-batch_norm", output_loading_info=True)
+    assert not any(info.values()), info
+    latents = saved[2]["separate-batch_norm"].encode(images()).latents
+    expected = saved[2]["separate-batch_norm"].decode(latents).reconstruction
+    assert torch.equal(decoder(latents).reconstruction, expected)
+
+
+@pytest.mark.parametrize("name", IDS)
+def test_weights_from_elsewhere_are_projected_on_loading(saved, name, tmp_path):
+    state = load_file(saved[0] / name / "model.safetensors")
+    scaled = {key: 3 * tensor if "dictionary" in key else tensor for key, tensor in state.items()}
+    saved[2][name].config.save_pretrained(tmp_path)
+    save_file(scaled, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    model = AutoModel.from_pretrained(tmp_path)
+    for dictionary in model.dictionaries():
+        norms = dictionary.dictionary.detach().flatten(1).norm(dim=1)
+        torch.testing.assert_close(norms, torch.ones_like(norms))
+    for stage in model.encoder.stages:
+        assert stage.operator_norm.item() == pytest.approx(largest_singular_value(stage), rel=0.01)
+    expected = saved[2][name](images()).reconstruction
+    torch.testing.assert_close(model(images()).reconstruction, expected, rtol=1e-2, atol=1e-2)
+
+
+def test_weights_without_operator_norms_get_them_on_loading(saved, tmp_path):
+    name = "separate-batch_norm"
+    state = load_file(saved[0] / name / "model.safetensors")
+    bare = {key: v for key, v in state.items() if not key.endswith(("operator_norm", "singular_vector"))}
+    saved[2][name].config.save_pretrained(tmp_path)
+    save_file(bare, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    model = AutoModel.from_pretrained(tmp_path)
+    for stage in model.encoder.stages:
+        assert stage.operator_norm.item() == pytest.approx(largest_singular_value(stage), rel=0.01)
+
+
+# ---- errors
+
+
+@pytest.mark.parametrize("shape", [(2, 3, 9, 8), (2, 3, 16, 16), (2, 1, 8, 8), (3, 8, 8)])
+def test_image_of_the_wrong_size_is_an_error_that_names_both_sizes(shape):
+    model = build_model()
+    for call in (model, model.encode, model.encoder):
+        with pytest.raises(ValueError, match=r"pixel_values must have shape \(n, 3, 8, 8\)") as error:
+            call(torch.zeros(shape))
+        assert str(shape) in str(error.value)
+
+
+@pytest.mark.parametrize("shape", [(2, 5), (6,), (2, 6, 1, 1)])
+def test_latents_of_the_wrong_size_are_an_error_that_names_both_sizes(shape):
+    with pytest.raises(ValueError, match=r"latents must have shape \(n, 6\)") as error:
+        build_model().decode(torch.zeros(shape))
+    assert str(shape) in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "allowed"),
+    [
+        ("strides", [2, 1, 1], "bring image_size=8 to 1x1 at the last stage"),
+        ("strides", [2, 2, 0], "a list of positive integers"),
+        ("strides", [2, 2], "3 entries, one more than stage_channels"),
+        ("kernel_sizes", [4, 4, 4, 4], "3 entries, one more than stage_channels"),
+        ("paddings", [1, 1, 2], r"less than its kernel size \(kernel_sizes=\[4, 4, 2\]\)"),
+        ("paddings", [-1, 1, 0], "at least 0"),
+        ("stage_channels", [4, 0], "a list of positive integers"),
+        ("stage_channels", [], "a list of positive integers"),
+        ("image_size", 0, "a positive integer"),
+        ("num_channels", -1, "a positive integer"),
+        ("latent_dim", 0, "a positive integer"),
+        ("num_iterations", 0, "a positive integer"),
+        ("sparsity", -0.1, "a finite number of at least 0"),
+        ("sparsity", float("nan"), "a finite number of at least 0"),
+        ("ridge", float("inf"), "a finite number of at least 0"),
+        ("decoder_normalization", "layer_norm", r"one of \('batch_norm', 'inverse'\)"),
+        ("tie_word_embeddings", False, "True"),
+        ("image_size", 8.5, "expected int"),
+        ("sparsity", "much", "expected float"),
+        ("strides", "221", "list"),
+        ("share_dictionaries", "yes", "expected bool"),
+    ],
+)
+def test_wrong_configuration_is_an_error_that_names_field_value_and_what_is_allowed(field, value, allowed):
+    with pytest.raises(ValueError, match=allowed) as error:
+        CtrlCscConfig(**CONFIG | {field: value})
+    assert field in str(error.value) and str(value) in str(error.value)
+
+
+def test_image_size_that_strides_do_not_bring_to_one_is_an_error():
+    with pytest.raises(ValueError, match="image_size=16 to 1x1 at the last stage"):
+        CtrlCscConfig(**CONFIG | {"image_size": 16})
+
+
+def test_integer_serves_where_a_float_is_meant():
+    config = CtrlCscConfig(**CONFIG | {"sparsity": 1, "ridge": 0})
+    exact = CtrlCscConfig(**CONFIG | {"sparsity": 1.0, "ridge": 0.0})
+    torch.manual_seed(0)
+    model = CtrlCscModel(config)
+    twin = CtrlCscModel(exact)
+    twin.load_state_dict(model.state_dict())
+    assert torch.equal(model.eval()(images()).reconstruction, twin.eval()(images()).reconstruction)

@@ -1,0 +1,223 @@
+"""training/train.py: what a run writes, and what becomes of it when something goes wrong."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import TRAINING
+from PIL import Image
+from safetensors.torch import load_file
+from transformers import AutoModel
+
+from ctrl_csc_hf import CtrlCscConfig, CtrlCscImageProcessor, CtrlCscModel
+from ctrl_csc_hf.presets import load_preset, preset_names
+
+Train = Callable[..., Path]
+
+
+def test_a_run_writes_a_folder_that_the_auto_classes_load_with_its_figures(train: Train) -> None:
+    folder = train("--report_to", "tensorboard")
+    model, report = AutoModel.from_pretrained(folder, output_loading_info=True)
+    assert isinstance(model, CtrlCscModel)
+    assert not report["missing_keys"] and not report["unexpected_keys"]
+    processor = CtrlCscImageProcessor.from_pretrained(folder)
+    pixel_values = processor(Image.new("RGB", (30, 20), "red"), return_tensors="pt").pixel_values
+    assert model(pixel_values).reconstruction.shape == (1, 3, 16, 16)
+    metrics = json.loads((folder / "metrics.json").read_text())
+    assert metrics["step"] == 4 and metrics["unreadable_images"] == 0
+    assert 0 < metrics["held_out_psnr"] < 60 and 0 <= metrics["held_out_match"] <= 1
+    assert sorted(path.name for path in (folder / "samples").iterdir()) == [
+        "step-000000.png",
+        "step-000002.png",
+        "step-000004.png",
+    ]
+    assert (folder / "training_curve.png").stat().st_size > 0
+    assert list(folder.glob("logs/**/events.out.tfevents.*"))
+    weights = [path.name for path in folder.iterdir() if path.suffix in (".bin", ".pt", ".pth", ".safetensors")]
+    assert weights == ["model.safetensors"]
+
+
+def test_a_saved_average_has_unit_atoms_and_the_operator_norms_that_belong_to_them(train: Train) -> None:
+    model = CtrlCscModel.from_pretrained(train())
+    for dictionary in model.dictionaries():
+        norms = dictionary.dictionary.flatten(1).norm(dim=1)
+        torch.testing.assert_close(norms, torch.ones_like(norms), atol=1e-6, rtol=0)
+    for stage in model.encoder.stages:
+        saved, size = stage.operator_norm.clone(), stage.signal_size
+        stage.update_operator_norm((5, 5))  # another size, so that the next one starts from scratch
+        stage.update_operator_norm(size)
+        torch.testing.assert_close(saved, stage.operator_norm, rtol=0.01, atol=0)
+
+
+def test_an_average_without_memory_is_the_raw_model(train: Train) -> None:
+    averaged = load_file(train("--ema_decay", "0", output="averaged") / "model.safetensors")
+    raw = load_file(train("--use_ema", "false", output="raw") / "model.safetensors")
+    parameters = [name for name, _ in CtrlCscModel.from_pretrained(train(output="names")).named_parameters()]
+    for name in parameters:
+        # diffusers averages as s - (1 - decay) (s - p), which is p up to rounding
+        torch.testing.assert_close(averaged[name], raw[name], atol=1e-6, rtol=0)
+
+
+def test_a_resumed_run_ends_with_the_weights_of_one_that_never_stopped(train: Train) -> None:
+    whole = train("--max_train_steps", "6", "--checkpoints_total_limit", "5", output="whole")
+    resumed = train(
+        "--max_train_steps", "6", "--resume_from_checkpoint", str(whole / "checkpoint-2"), output="resumed"
+    )  # fmt: skip
+    first, second = (load_file(folder / "model.safetensors") for folder in (whole, resumed))
+    assert first.keys() == second.keys()
+    for name in first:
+        assert torch.equal(first[name], second[name]), name
+
+
+def test_old_checkpoints_are_removed_beyond_the_limit(train: Train) -> None:
+    folder = train("--max_train_steps", "6", "--checkpoints_total_limit", "1")
+    assert [path.name for path in folder.glob("*checkpoint-*")] == ["checkpoint-6"]
+
+
+@pytest.mark.parametrize("flags", [
+    ("--objective", "multi", "--play", "alternating"),
+    ("--objective", "unsupervised", "--augmentation_consistency", "1", "--encoder_consistency", "1"),
+    ("--energy", "0.1", "--mixed_precision", "bf16", "--gradient_checkpointing"),
+])  # fmt: skip
+def test_every_objective_and_weight_trains(train: Train, flags: tuple[str, ...]) -> None:
+    metrics = json.loads((train(*flags, "--max_train_steps", "2") / "metrics.json").read_text())
+    assert all(value == value for value in metrics.values())
+
+
+def test_small_classes_are_warned_about(train: Train, caplog: pytest.LogCaptureFixture) -> None:
+    train("--objective", "multi", "--train_batch_size", "12", "--max_train_steps", "1")
+    assert "fewer than 8 a class" in caplog.text
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_with_its_step_and_leaves_the_checkpoint(
+    train: Train, tmp_path: Path
+) -> None:
+    train("--max_train_steps", "2")
+    before = {path: path.read_bytes() for path in (tmp_path / "model").rglob("checkpoint-2/*")}
+    with pytest.raises(FloatingPointError, match=r"step 3: the encoder's loss is inf.*last checkpoint in .*model is intact"):
+        train("--resume_from_checkpoint", "latest", "--max_train_steps", "8", "--energy", "1e39")
+    assert before and all(path.read_bytes() == content for path, content in before.items())
+
+
+def test_an_unreadable_image_is_skipped_counted_and_reported(
+    train: Train, image_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    broken = shutil.copytree(image_folder, tmp_path / "broken")
+    (broken / "train" / "class0" / "999.png").write_bytes(b"no image")
+    folder = train("--max_train_steps", "12", data=broken)  # four batches of 16 are an epoch
+    skipped = json.loads((folder / "metrics.json").read_text())["unreadable_images"]
+    assert skipped >= 1
+    assert f"{skipped} unreadable images were skipped" in capsys.readouterr().out
+
+
+def test_ctrl_c_saves_a_checkpoint_from_which_the_run_goes_on(
+    train: Train, tiny_preset: Path, image_folder: Path, tmp_path: Path
+) -> None:
+    arguments = ["--config", str(tiny_preset), "--train_data_dir", str(image_folder), "--max_train_steps", "100000"]
+    arguments += ["--cache_dir", str(tmp_path / "cache"), "--output_dir", str(tmp_path / "model")]
+    arguments += ["--checkpointing_steps", "100000", "--validation_steps", "100000"]
+    launcher = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch", "--num_processes", "1"]
+    log = tmp_path / "log"
+    with log.open("w") as output:
+        process = subprocess.Popen(
+            [*launcher, str(TRAINING / "train.py"), *arguments],
+            stdout=output,
+            stderr=output,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+            start_new_session=True,
+        )
+        deadline = time.monotonic() + 240
+        while "dR" not in log.read_text() and process.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.2)
+        os.killpg(process.pid, signal.SIGINT)  # as a terminal does it
+        assert process.wait(timeout=120) != 0
+    (checkpoint,) = (tmp_path / "model").glob("checkpoint-*")
+    assert f"--resume_from_checkpoint {checkpoint}" in log.read_text()
+    step = int(checkpoint.name.split("-")[1])
+    train("--resume_from_checkpoint", "latest", "--max_train_steps", str(step + 1))
+    assert json.loads((tmp_path / "model" / "metrics.json").read_text())["step"] == step + 1
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (("--objective", "triple"), "objective must be one of"),
+        (("--decoder_consistency", "-1"), "decoder_consistency must be a finite number of at least 0, got -1"),
+        (("--mixed_precision", "fp16"), "mixed_precision must be 'no' or 'bf16', got 'fp16'"),
+        (("--max_train_steps", "0"), "max_train_steps must be at least 1, got 0"),
+        (("--resume_from_checkpoint", "latest"), "there is no checkpoint in"),
+        (("--image_column", "picture"), "image_column must be one of .*image.*, got 'picture'"),
+        (("--resolution", "24"), "strides=.* is not allowed.*image_size=24"),
+        (("--play", "both"), "play must be one of"),
+        (("--config", "nothing"), "a preset must be a YAML file or one of .*cifar10"),
+    ],
+)
+def test_wrong_settings_are_refused_by_name(train: Train, flags: tuple[str, ...], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        train(*flags)
+
+
+def test_a_preset_with_an_unknown_setting_is_refused(tmp_path: Path) -> None:
+    from settings import parse_settings
+
+    preset = tmp_path / "preset.yaml"
+    preset.write_text("training: {dataset_name: x, learning_speed: 1}")
+    with pytest.raises(ValueError, match="learning_speed"):
+        parse_settings(["--config", str(preset)])
+
+
+@pytest.mark.parametrize("name", preset_names())
+def test_every_preset_is_valid_and_flags_override_it(name: str) -> None:
+    from settings import parse_settings
+
+    preset = load_preset(name)
+    images = [] if preset["training"].get("dataset_name") else ["--train_data_dir", "images"]
+    settings, config = parse_settings(["--config", name, "--seed", "7", *images])
+    assert settings.seed == 7
+    assert config.signal_sizes[-1] == 1
+    assert {"cifar10", "imagenet64", "imagenet128"} <= set(preset_names())
+
+
+@pytest.mark.parametrize("name", preset_names())
+def test_every_presets_model_is_the_same_after_saving_and_loading_elsewhere(name: str, tmp_path: Path) -> None:
+    config = CtrlCscConfig(**load_preset(name)["model"])
+    model = CtrlCscModel(config).eval()
+    generator = torch.Generator().manual_seed(0)
+    images = torch.rand(2, 3, config.image_size, config.image_size, generator=generator) * 2 - 1
+    model.save_pretrained(tmp_path)
+    torch.save(images, tmp_path / "images.pt")
+    script = (
+        "import sys, torch, ctrl_csc_hf; from transformers import AutoModel; folder = sys.argv[1];"
+        "torch.set_num_threads(1); model = AutoModel.from_pretrained(folder).eval();"
+        "output = model(torch.load(folder + '/images.pt'), output_reconstructed_latents=True);"
+        "torch.save(dict(output), folder + '/output.pt')"
+    )
+    subprocess.run([sys.executable, "-c", script, str(tmp_path)], check=True)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # as in the other process: the number of threads decides the order of sums
+    output = dict(model(images, output_reconstructed_latents=True))
+    torch.set_num_threads(threads)
+    loaded = torch.load(tmp_path / "output.pt")
+    assert output.keys() == loaded.keys()
+    for key, value in output.items():
+        assert torch.equal(value, loaded[key]), key
+
+
+def test_cifar10_streams_through_the_preset(train: Train, cifar10: str, tmp_path: Path) -> None:
+    from accelerate.state import AcceleratorState
+    from settings import parse_settings
+    from train import main
+
+    AcceleratorState._reset_state(reset_partial_state=True)
+    flags = ["--config", "cifar10_small", "--dataset_name", cifar10, "--image_column", "image", "--report_to", "none"]
+    flags += ["--max_train_steps", "2", "--num_validation_images", "64", "--output_dir", str(tmp_path / "cifar10")]
+    folder = main(*parse_settings([*flags, "--train_batch_size", "64"]))
+    assert json.loads((folder / "metrics.json").read_text())["step"] == 2
