@@ -1,9 +1,11 @@
 """What several test files need: the training scripts on the path, tiny image folders, a run of train.py."""
 
+import importlib.util
 import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 import pytest
@@ -30,6 +32,16 @@ training:
   lr_scheduler: constant
   report_to: none
 """
+
+
+def load_script(name: str) -> ModuleType:
+    """training/NAME.py as a module, also where a package of that name is installed."""
+    spec = importlib.util.spec_from_file_location(f"training_{name}", TRAINING / f"{name}.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[module.__name__] = module  # dataclasses look their module up
+    spec.loader.exec_module(module)
+    return module
 
 
 @pytest.fixture
@@ -63,7 +75,14 @@ def train(tiny_preset: Path, image_folder: Path, tmp_path: Path) -> Callable[...
 
     def run(*flags: str, output: str = "model", data: Path = image_folder) -> Path:
         AcceleratorState._reset_state(reset_partial_state=True)
-        arguments = ["--config", str(tiny_preset), "--train_data_dir", str(data), "--output_dir", str(tmp_path / output)]
+        arguments = [
+            "--config",
+            str(tiny_preset),
+            "--train_data_dir",
+            str(data),
+            "--output_dir",
+            str(tmp_path / output),
+        ]
         return main(*parse_settings([*arguments, "--cache_dir", str(tmp_path / "cache"), *flags]))
 
     return run

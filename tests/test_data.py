@@ -81,9 +81,7 @@ def image_folder(tmp_path_factory) -> str:
 
 @pytest.fixture(params=[False, True], ids=["map", "streamed"])
 def images(request, parquet_folder, tmp_path):
-    return load_images(
-        ImageSource(train_data_dir=parquet_folder, streaming=request.param, cache_dir=str(tmp_path))
-    )
+    return load_images(ImageSource(train_data_dir=parquet_folder, streaming=request.param, cache_dir=str(tmp_path)))
 
 
 def stream_of(dataset, **options) -> ImageStream:
@@ -96,9 +94,7 @@ def epoch_of(stream: ImageStream, epoch: int = 0, num_workers: int = 0) -> tuple
     loader = build_dataloader(stream, batch_size=4, num_workers=num_workers, drop_last=False)
     stream.set_epoch(epoch)
     batches = list(loader)
-    return torch.cat([batch["labels"] for batch in batches]).tolist(), sum(
-        batch["unreadable"] for batch in batches
-    )
+    return torch.cat([batch["labels"] for batch in batches]).tolist(), sum(batch["unreadable"] for batch in batches)
 
 
 @pytest.mark.parametrize("num_workers", [0, 1, 2])
@@ -201,9 +197,7 @@ def test_an_epoch_shorter_than_a_batch_is_an_error_where_the_last_is_dropped(ima
 
 @pytest.mark.parametrize("streaming", [False, True])
 def test_class_folders_become_labels(image_folder, tmp_path, streaming):
-    images = load_images(
-        ImageSource(train_data_dir=image_folder, streaming=streaming, cache_dir=str(tmp_path))
-    )
+    images = load_images(ImageSource(train_data_dir=image_folder, streaming=streaming, cache_dir=str(tmp_path)))
     assert images.features["label"].names == ["bird", "cat"]
     labels, unreadable = epoch_of(stream_of(images), num_workers=1)
     assert sorted(labels) == [0, 0, 0, 1, 1, 1]
@@ -228,9 +222,7 @@ def test_without_a_label_column_there_are_no_labels(parquet_folder, tmp_path):
     ],
 )
 def test_a_wrong_column_is_an_error(parquet_folder, tmp_path, streaming, columns, message):
-    source = ImageSource(
-        train_data_dir=parquet_folder, streaming=streaming, cache_dir=str(tmp_path), **columns
-    )
+    source = ImageSource(train_data_dir=parquet_folder, streaming=streaming, cache_dir=str(tmp_path), **columns)
     with pytest.raises(ValueError, match=message):
         load_images(source)
 

@@ -355,9 +355,7 @@ def test_postprocess_refuses_what_is_no_batch_of_pixels(processor, pixel_values,
 
 
 def test_postprocess_refuses_an_unknown_output_type(processor):
-    with pytest.raises(
-        ValueError, match=r"output_type='latent' is not allowed: it must be 'pil', 'np' or 'pt'"
-    ):
+    with pytest.raises(ValueError, match=r"output_type='latent' is not allowed: it must be 'pil', 'np' or 'pt'"):
         processor.postprocess(torch.zeros(1, 3, 8, 8), output_type="latent")
 
 
@@ -381,9 +379,7 @@ def test_image_size_must_be_a_positive_integer(image_size):
 
 @pytest.mark.parametrize("size", [{"longest_edge": 8}, {"shortest_edge": 0}])
 def test_sizes_that_it_does_not_know_are_refused(size):
-    with pytest.raises(
-        ValueError, match=r"size=\{.*\} is not allowed: it must have shortest_edge, or height"
-    ):
+    with pytest.raises(ValueError, match=r"size=\{.*\} is not allowed: it must have shortest_edge, or height"):
         process(WIDE, size=size)
 
 

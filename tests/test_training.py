@@ -102,7 +102,9 @@ def test_a_loss_that_is_not_finite_stops_the_run_with_its_step_and_leaves_the_ch
 ) -> None:
     train("--max_train_steps", "2")
     before = {path: path.read_bytes() for path in (tmp_path / "model").rglob("checkpoint-2/*")}
-    with pytest.raises(FloatingPointError, match=r"step 3: the encoder's loss is inf.*last checkpoint in .*model is intact"):
+    with pytest.raises(
+        FloatingPointError, match=r"step 3: the encoder's loss is inf.*last checkpoint in .*model is intact"
+    ):
         train("--resume_from_checkpoint", "latest", "--max_train_steps", "8", "--energy", "1e39")
     assert before and all(path.read_bytes() == content for path, content in before.items())
 

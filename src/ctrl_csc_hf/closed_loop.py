@@ -67,7 +67,7 @@ class ClosedLoopObjective:
                 raise ValueError(f"{name} must be a finite number of at least 0, got {getattr(self, name)!r}")
         if not self.distortion > 0:
             raise ValueError(f"distortion must be positive, got {self.distortion!r}")
-        if self.objective == "multi" and not self.num_classes:
+        if self.objective == "multi" and not (self.num_classes and self.num_classes > 0):
             raise ValueError(f"num_classes must be a positive integer for objective='multi', got {self.num_classes!r}")
 
     def utility(self, latents: Tensor, reconstructed: Tensor, labels: Tensor | None) -> Tensor:

@@ -8,7 +8,7 @@ Dai et al., "Closed-Loop Transcription via Convolutional Sparse Coding", CPAL 20
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, Self
 
 import torch
 import torch.nn.functional as F
@@ -135,6 +135,8 @@ class CtrlCscPreTrainedModel(PreTrainedModel):
     def _init_weights(self, module: nn.Module) -> None:
         if isinstance(module, ConvolutionalDictionary | BatchNorm):
             module.reset_parameters()
+            if isinstance(module, ConvolutionalSparseCoding):
+                module.update_operator_norm(module.signal_size, warm=False)
         elif isinstance(module, CtrlCscDecoder):
             nn.init.ones_(module.output_scale)
             nn.init.zeros_(module.output_bias)
@@ -274,7 +276,7 @@ class CtrlCscDecoder(CtrlCscPreTrainedModel):
         inverse = self.config.decoder_normalization == "inverse"
         signal = latents.to(self.dtype)[:, :, None, None]
         if inverse:
-            signal = signal * self.latent_norm
+            signal = signal * self.latent_norm.clone()  # the encoder may update it before the backward pass
         signal = self.last_stage.synthesize(signal, (sizes[-1], sizes[-1]))
         for stage, norm, size in reversed(list(zip(self.stages, self.norms, sizes, strict=False))):
             signal = self._run_stage(partial(_decode_stage, stage, norm, size, inverse), signal, update_statistics)
@@ -325,6 +327,12 @@ class CtrlCscModel(CtrlCscPreTrainedModel):
     def decode(self, latents: Tensor) -> CtrlCscDecoderOutput:
         """Latents (n, latent_dim) -> reconstruction (n, num_channels, image_size, image_size) in [-1, 1]."""
         return self.decoder(latents)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """Moves or casts, and ties again: torch keeps a shared parameter shared, but not a shared buffer."""
+        super()._apply(fn, recurse)
+        self.tie_weights()
+        return self
 
     def get_parameter(self, target: str) -> Tensor:
         """Also finds buffers: transformers looks here for what it ties, and an inverted batch norm ties some."""

@@ -22,7 +22,7 @@ def coding_rate(features: Tensor, *, distortion: float = 0.5) -> Tensor:
         ValueError: for features that are not (n, d), or a distortion that is not positive.
     """
     _check_features(features, distortion)
-    return _coding_rates(features[None], features.new_tensor([features.shape[0]]), distortion)[0]
+    return _coding_rates(features[None], torch.tensor([features.shape[0]], device=features.device), distortion)[0]
 
 
 def rate_reduction(features: Tensor, reconstructed: Tensor, *, distortion: float = 0.5) -> Tensor:

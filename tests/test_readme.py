@@ -1,0 +1,84 @@
+"""Every code block of README.md runs: Python as it stands, commands with data and steps that CI has."""
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from ctrl_csc_hf import CtrlCscConfig, CtrlCscImageProcessor, CtrlCscModel
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+PYTHON = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+COMMANDS = [line for block in re.findall(r"```bash\n(.*?)```", README, re.DOTALL) for line in block.splitlines()]
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """What README's blocks find: the demo's model folder, and a photo."""
+    config = CtrlCscConfig(latent_dim=16, stage_channels=[8, 16, 16])
+    for name in ("demo/model", "cifar10-small"):
+        CtrlCscModel(config).save_pretrained(tmp_path / name)
+        CtrlCscImageProcessor(image_size=32).save_pretrained(tmp_path / name)
+    pixels = np.random.default_rng(0).integers(0, 256, (40, 60, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "photo.jpg")
+    return tmp_path
+
+
+def run(command: list[str], folder: Path) -> subprocess.CompletedProcess:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    environment["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), environment["PATH"]])
+    result = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    return result
+
+
+@pytest.mark.parametrize("index", range(len(PYTHON)))
+def test_python_block_runs(index: int, folder: Path) -> None:
+    run([sys.executable, "-c", PYTHON[index]], folder)
+
+
+def test_the_two_commands_are_the_first_thing_and_make_knows_them() -> None:
+    assert [command.split("#")[0].split() for command in COMMANDS[:2]] == [["make", "demo"], ["make", "test"]]
+    for target in ("demo", "test"):
+        planned = run(["make", "--dry-run", target], ROOT).stdout
+        assert "training/demo.py" in planned if target == "demo" else "pytest" in planned
+
+
+def test_reconstruct_command_runs(folder: Path) -> None:
+    (command,) = (command for command in COMMANDS if command.startswith("ctrl-csc"))
+    run(shlex.split(command), folder)
+    assert (folder / "reconstruction.png").exists()
+
+
+@pytest.mark.parametrize(
+    ("script", "short_form"),
+    [
+        ("train", ["--max_train_steps", "1", "--train_batch_size", "8", "--num_validation_images", "8"]),
+        ("evaluate", ["--num_images", "100", "--num_frechet_images", "100", "--train_split", "test"]),
+    ],
+)
+def test_training_and_evaluation_commands_run_on_the_local_copy(
+    script: str, short_form: list[str], folder: Path, cifar10: str
+) -> None:
+    (command,) = (command for command in COMMANDS if f"training/{script}.py" in command)
+    words = shlex.split(command.replace("uoft-cs/cifar10", cifar10).replace("--image_column img", ""))
+    words = [str(ROOT / word) if word.startswith("training/") else word for word in words]
+    run([*words, "--image_column", "image", *short_form], folder)
+
+
+def test_no_command_is_left_out() -> None:
+    tested = (
+        "make demo",
+        "make test",
+        "ctrl-csc",
+        "accelerate launch training/train.py",
+        "accelerate launch training/evaluate.py",
+    )
+    assert all(command.startswith(tested) for command in COMMANDS), COMMANDS
