@@ -43,7 +43,7 @@ def core_python(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An interpreter that sees the wheel and what its core dependencies need, and nothing else."""
     folder = tmp_path_factory.mktemp("core") / "env"
     venv.create(folder)
-    (site_packages,) = folder.glob("lib*/python*/site-packages")
+    (site_packages,) = folder.glob("lib/python*/site-packages")
     for distribution in core_closure():
         for entry in {Path(str(file)).parts[0] for file in distribution.files or []} - {"..", "__pycache__"}:
             target = Path(str(distribution.locate_file(entry)))

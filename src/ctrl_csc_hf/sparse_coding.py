@@ -246,7 +246,7 @@ class ConvolutionalSparseCoding(ConvolutionalDictionary):
 # The name holds the module's, because a copy of this file may come from the Hub beside the installed package.
 @torch.library.custom_op(f"{__name__.replace('.', '_')}::power_iteration", mutates_args=())
 def _power_iteration(dictionary: Tensor, vector: Tensor, stride: int, padding: int) -> tuple[Tensor, Tensor]:
-    """Largest singular value of A, to within 1%, as a rule 0.2%, and A A* times its singular vector (1, C_signal, H, W)."""
+    """Largest singular value of A, to within 1%, and A A* times its singular vector (1, C_signal, H, W)."""
     surplus = [(side + 2 * padding - dictionary.shape[-1]) % stride for side in vector.shape[-2:]]
     norm = dictionary.new_zeros(())
     with torch.autocast(dictionary.device.type, enabled=False):
