@@ -19,9 +19,10 @@ DEMO = Path(__file__).parents[1] / "training" / "demo.py"
 
 @pytest.fixture(scope="module")
 def demo(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
-    """The folder of a demo of 120 steps, and what it printed."""
+    """The folder of a demo of 150 steps, and what it printed."""
     folder = tmp_path_factory.mktemp("demo")
-    command = [sys.executable, str(DEMO), "--folder", str(folder), "--max_train_steps", "120"]
+    short = ["--max_train_steps", "150", "--lr_scheduler", "constant"]
+    command = [sys.executable, str(DEMO), "--folder", str(folder), *short]
     environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
     result = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert result.returncode == 0, result.stderr[-3000:]

@@ -21,13 +21,13 @@ COMMANDS = [line for block in re.findall(r"```bash\n(.*?)```", README, re.DOTALL
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """What README's blocks find: the demo's model folder, and a photo."""
+    """What README's blocks find: the demo's model folder, and an image."""
     config = CtrlCscConfig(latent_dim=16, stage_channels=[8, 16, 16])
     for name in ("demo/model", "cifar10-small"):
         CtrlCscModel(config).save_pretrained(tmp_path / name)
         CtrlCscImageProcessor(image_size=32).save_pretrained(tmp_path / name)
     pixels = np.random.default_rng(0).integers(0, 256, (40, 60, 3), dtype=np.uint8)
-    Image.fromarray(pixels).save(tmp_path / "photo.jpg")
+    Image.fromarray(pixels).save(tmp_path / "digit.png")
     return tmp_path
 
 
