@@ -178,11 +178,9 @@ class ConvolutionalSparseCoding(ConvolutionalDictionary):
         size = (signal.shape[-2], signal.shape[-1])
         if size != self.signal_size:
             self.update_operator_norm(size)
-        # 0.9 / L, as a tensor: reading its value would make a GPU wait. A clone, because another encoding may
-        # come, and the norm be refreshed, before this one's gradient.
-        step = STEP_FACTOR / self.operator_norm.clone().square()
+        step = STEP_FACTOR / self.operator_norm.square()  # a tensor: reading its value would make a GPU wait
         codes = self.proximal(step * self.adjoint(signal), step)
-        momentum, previous = 1.0, torch.zeros_like(codes)
+        momentum, previous = 1.0, codes  # t_1 = 1, so the second step has no momentum
         for _ in range(self.num_iterations - 1):
             next_momentum = (1 + (1 + 4 * momentum**2) ** 0.5) / 2
             extrapolated = codes
