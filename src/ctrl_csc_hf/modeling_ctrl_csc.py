@@ -135,7 +135,7 @@ class CtrlCscPreTrainedModel(PreTrainedModel):
     def _init_weights(self, module: nn.Module) -> None:
         if isinstance(module, ConvolutionalDictionary | BatchNorm):
             module.reset_parameters()
-            if isinstance(module, ConvolutionalSparseCoding):
+            if isinstance(module, ConvolutionalSparseCoding) and not _is_loaded(module.operator_norm):
                 module.update_operator_norm(module.signal_size, warm=False)
         elif isinstance(module, CtrlCscDecoder):
             nn.init.ones_(module.output_scale)
@@ -152,6 +152,11 @@ class CtrlCscPreTrainedModel(PreTrainedModel):
             return stage(signal, update_statistics)
         updates = iter([update_statistics])  # the second run, in the backward pass, finds none left
         return self._gradient_checkpointing_func(lambda inputs: stage(inputs, next(updates, False)), signal)
+
+
+def _is_loaded(tensor: Tensor) -> bool:
+    """Whether the tensor came from a checkpoint: transformers also initialises modules that did, and flags these."""
+    return getattr(tensor, "_is_hf_initialized", False)
 
 
 def _encode_stage(
