@@ -70,6 +70,8 @@ def test_training_and_evaluation_commands_run_on_the_local_copy(
     (command,) = (command for command in COMMANDS if f"training/{script}.py" in command)
     words = shlex.split(command.replace("uoft-cs/cifar10", cifar10).replace("--image_column img", ""))
     words = [str(ROOT / word) if word.startswith("training/") else word for word in words]
+    if script == "evaluate" and "CTRL_CSC_RESNET" in os.environ:
+        words += ["--feature_model", os.environ["CTRL_CSC_RESNET"]]
     run([*words, "--image_column", "image", *short_form], folder)
 
 

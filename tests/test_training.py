@@ -9,10 +9,13 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from conftest import TRAINING
+from diffusers.training_utils import EMAModel
+from ema import averaged_model
 from PIL import Image
 from safetensors.torch import load_file
 from transformers import AutoModel
@@ -188,29 +191,63 @@ def test_every_preset_is_valid_and_flags_override_it(name: str) -> None:
     assert {"cifar10", "imagenet64", "imagenet128"} <= set(preset_names())
 
 
-@pytest.mark.parametrize("name", preset_names())
-def test_every_presets_model_is_the_same_after_saving_and_loading_elsewhere(name: str, tmp_path: Path) -> None:
-    config = CtrlCscConfig(**load_preset(name)["model"])
-    model = CtrlCscModel(config).eval()
-    generator = torch.Generator().manual_seed(0)
-    images = torch.rand(2, 3, config.image_size, config.image_size, generator=generator) * 2 - 1
-    model.save_pretrained(tmp_path)
-    torch.save(images, tmp_path / "images.pt")
+def assert_same_bits_in_a_new_process(model: CtrlCscModel, folder: Path) -> None:
+    """Saves the model, loads it in another process, and compares all outputs for two images."""
+    size = model.config.image_size
+    images = torch.rand(2, 3, size, size, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    model.save_pretrained(folder)
+    torch.save(images, folder / "images.pt")
     script = (
         "import sys, torch, ctrl_csc_hf; from transformers import AutoModel; folder = sys.argv[1];"
         "torch.set_num_threads(1); model = AutoModel.from_pretrained(folder).eval();"
         "output = model(torch.load(folder + '/images.pt'), output_reconstructed_latents=True);"
         "torch.save(dict(output), folder + '/output.pt')"
     )
-    subprocess.run([sys.executable, "-c", script, str(tmp_path)], check=True)
+    subprocess.run([sys.executable, "-c", script, str(folder)], check=True)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # as in the other process: the number of threads decides the order of sums
     output = dict(model(images, output_reconstructed_latents=True))
     torch.set_num_threads(threads)
-    loaded = torch.load(tmp_path / "output.pt")
+    loaded = torch.load(folder / "output.pt")
     assert output.keys() == loaded.keys()
     for key, value in output.items():
         assert torch.equal(value, loaded[key]), key
+
+
+@pytest.mark.parametrize("name", preset_names())
+def test_every_presets_model_is_the_same_after_saving_and_loading_elsewhere(name: str, tmp_path: Path) -> None:
+    assert_same_bits_in_a_new_process(CtrlCscModel(CtrlCscConfig(**load_preset(name)["model"])).eval(), tmp_path)
+
+
+@pytest.mark.parametrize("options", [{}, {"share_dictionaries": True, "decoder_normalization": "inverse"}])
+def test_an_average_is_the_same_after_saving_and_loading_elsewhere(options: dict[str, Any], tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    config = CtrlCscConfig(image_size=8, latent_dim=6, stage_channels=[4], kernel_sizes=[4, 4], strides=[2, 1],
+                           paddings=[1, 0], **options)  # fmt: skip
+    model = CtrlCscModel(config)
+    average = EMAModel(model.parameters(), decay=0.5)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter))
+    average.step(model.parameters())
+    images = torch.rand(12, 3, 8, 8) * 2 - 1
+    averaged = averaged_model(model, average, images, batch_size=4)
+    assert all(dictionary.has_unit_atoms() for dictionary in averaged.dictionaries())
+    assert_same_bits_in_a_new_process(averaged, tmp_path)
+
+
+def test_statistics_of_an_average_are_the_means_over_the_batches_of_its_images() -> None:
+    torch.manual_seed(0)
+    config = CtrlCscConfig(image_size=8, latent_dim=6, stage_channels=[4], kernel_sizes=[4, 4], strides=[2, 1],
+                           paddings=[1, 0])  # fmt: skip
+    model = CtrlCscModel(config)
+    images = torch.rand(12, 3, 8, 8) * 2 - 1
+    averaged = averaged_model(model, EMAModel(model.parameters(), decay=0), images, batch_size=4)
+    codes = [averaged.encoder.stages[0].encode(batch) for batch in images.split(4)]
+    means = torch.stack([batch.mean(dim=(0, 2, 3)) for batch in codes]).mean(dim=0)
+    variances = torch.stack([batch.var(dim=(0, 2, 3)) for batch in codes]).mean(dim=0)
+    torch.testing.assert_close(averaged.encoder.norms[0].running_mean, means)
+    torch.testing.assert_close(averaged.encoder.norms[0].running_var, variances)
 
 
 def test_cifar10_streams_through_the_preset(train: Train, cifar10: str, tmp_path: Path) -> None:
@@ -223,3 +260,19 @@ def test_cifar10_streams_through_the_preset(train: Train, cifar10: str, tmp_path
     flags += ["--max_train_steps", "2", "--num_validation_images", "64", "--output_dir", str(tmp_path / "cifar10")]
     folder = main(*parse_settings([*flags, "--train_batch_size", "64"]))
     assert json.loads((folder / "metrics.json").read_text())["step"] == 2
+
+
+def test_imagenet_streams_through_its_preset(tmp_path: Path) -> None:
+    folder = os.environ.get("CTRL_CSC_IMAGENET_SAMPLE")
+    if not folder:
+        pytest.skip("CTRL_CSC_IMAGENET_SAMPLE names no local sample of ImageNet")
+    from accelerate.state import AcceleratorState
+    from settings import parse_settings
+    from train import main
+
+    AcceleratorState._reset_state(reset_partial_state=True)
+    flags = ["--config", "imagenet64", "--dataset_name", folder, "--train_split", "validation", "--report_to", "none"]
+    flags += ["--max_train_steps", "1", "--num_validation_images", "8", "--train_batch_size", "8", "--use_ema", "false"]
+    flags += ["--dataloader_num_workers", "1", "--output_dir", str(tmp_path / "imagenet")]
+    metrics = json.loads((main(*parse_settings(flags)) / "metrics.json").read_text())
+    assert metrics["step"] == 1 and metrics["unreadable_images"] == 0
