@@ -9,7 +9,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import load_script
 from PIL import Image
+from transformers import HfArgumentParser
 
 from ctrl_csc_hf import CtrlCscConfig, CtrlCscImageProcessor, CtrlCscModel
 
@@ -73,6 +75,21 @@ def test_training_and_evaluation_commands_run_on_the_local_copy(
     if script == "evaluate" and "CTRL_CSC_RESNET" in os.environ:
         words += ["--feature_model", os.environ["CTRL_CSC_RESNET"]]
     run([*words, "--image_column", "image", *short_form], folder)
+
+
+def test_commands_in_docs_are_such_commands_with_settings_that_exist() -> None:
+    from settings import parse_settings
+
+    parsers = {
+        "train": parse_settings,
+        "evaluate": HfArgumentParser(load_script("evaluate").EvaluationSettings).parse_args,
+    }
+    for page in (ROOT / "docs").glob("*.md"):
+        for block in re.findall(r"```bash\n(.*?)```", page.read_text(), re.DOTALL):
+            for command in block.replace("\\\n", " ").splitlines():
+                launcher, script, *flags = re.split(r"\s+(?=training/|--)", command)
+                assert launcher == "accelerate launch"
+                parsers[Path(script).stem](shlex.split(" ".join(flags)))
 
 
 def test_no_command_is_left_out() -> None:
