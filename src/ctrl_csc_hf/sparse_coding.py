@@ -8,7 +8,7 @@ synthesis. Dai et al., "Revisiting Sparse Convolutional Model for Visual Recogni
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor, library, nn
 
 STEP_FACTOR = 0.9  # of 1 / |A|^2, the largest step for which FISTA converges
 POWER_ITERATIONS_PER_CHECK = 16
@@ -242,7 +242,7 @@ class ConvolutionalSparseCoding(ConvolutionalDictionary):
 
 # An operator of its own, so that torch.compile neither unrolls the iteration nor stumbles over its stopping rule.
 # The name holds the module's, because a copy of this file may come from the Hub beside the installed package.
-@torch.library.custom_op(f"{__name__.replace('.', '_')}::power_iteration", mutates_args=())
+@library.custom_op(f"{__name__.replace('.', '_')}::power_iteration", mutates_args=())
 def _power_iteration(dictionary: Tensor, vector: Tensor, stride: int, padding: int) -> tuple[Tensor, Tensor]:
     """Largest singular value of A, to within 1%, and A A* times its singular vector (1, C_signal, H, W)."""
     surplus = [(side + 2 * padding - dictionary.shape[-1]) % stride for side in vector.shape[-2:]]
