@@ -170,13 +170,26 @@ def test_wrong_settings_are_refused_by_name(train: Train, flags: tuple[str, ...]
         train(*flags)
 
 
-def test_a_preset_with_an_unknown_setting_is_refused(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("section", "entry"), [("training", "learning_speed"), ("model", "sparisty")])
+def test_a_preset_with_an_unknown_entry_is_refused(section: str, entry: str, tmp_path: Path) -> None:
     from settings import parse_settings
 
     preset = tmp_path / "preset.yaml"
-    preset.write_text("training: {dataset_name: x, learning_speed: 1}")
-    with pytest.raises(ValueError, match="learning_speed"):
-        parse_settings(["--config", str(preset)])
+    preset.write_text(f"{section}: {{{entry}: 1}}")
+    with pytest.raises(ValueError, match=f"{section} must hold .*got .*{entry}"):
+        parse_settings(["--config", str(preset), "--dataset_name", "x"])
+
+
+def test_a_run_that_starts_from_a_checkpoint_takes_its_sizes_and_weights(train: Train, tiny_preset: Path) -> None:
+    first = train(output="first")
+    larger = tiny_preset.read_text().replace("image_size: 16", "image_size: 32").replace("[4, 4, 4]", "[4, 4, 8]")
+    tiny_preset.write_text(larger)
+    start = ("--pretrained_model_name_or_path", str(first))
+    second = train(*start, "--max_train_steps", "1", "--use_ema", "false", output="second")
+    assert CtrlCscConfig.from_pretrained(second).image_size == 16
+    before, after = (load_file(folder / "model.safetensors") for folder in (first, second))
+    name = "encoder.last_stage.dictionary"
+    torch.testing.assert_close(before[name], after[name], atol=1e-3, rtol=0)
 
 
 @pytest.mark.parametrize("name", preset_names())

@@ -130,9 +130,11 @@ def parse_settings(arguments: list[str] | None = None) -> tuple[TrainingSettings
 
     parser = HfArgumentParser(TrainingSettings, parents=[presets], description="Trains CTRL-CSC.")
     known = {entry.name for entry in fields(TrainingSettings)}
-    unknown = set(preset["training"]) - known
-    if unknown:
-        raise ValueError(f"{chosen.config}: training must hold settings of train.py, got {sorted(unknown)}")
+    fields_of = {"training": known, "model": {entry.name for entry in fields(CtrlCscConfig)}}
+    for section, allowed in fields_of.items():
+        unknown = set(preset[section]) - allowed
+        if unknown:
+            raise ValueError(f"{chosen.config}: {section} must hold {sorted(allowed)}, got {sorted(unknown)}")
     parser.set_defaults(**preset["training"])
     namespace = vars(parser.parse_args(rest))
     settings = TrainingSettings(**{name: namespace[name] for name in known})

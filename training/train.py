@@ -51,8 +51,14 @@ def main(settings: TrainingSettings, config: CtrlCscConfig) -> Path:
     output_dir.mkdir(parents=True, exist_ok=True)
     set_seed(settings.seed)
 
+    # Players f and g
+    if settings.pretrained_model_name_or_path:
+        model = CtrlCscModel.from_pretrained(settings.pretrained_model_name_or_path)
+    else:
+        model = CtrlCscModel(config)
+
     # Images x
-    stream, held_out, calibration, num_classes = load_data(settings, config)
+    stream, held_out, calibration, num_classes = load_data(settings, model.config)
     loader = build_dataloader(
         stream,
         batch_size=settings.train_batch_size,
@@ -60,11 +66,7 @@ def main(settings: TrainingSettings, config: CtrlCscConfig) -> Path:
         drop_last=True,
     )
 
-    # Players f and g
-    if settings.pretrained_model_name_or_path:
-        model = CtrlCscModel.from_pretrained(settings.pretrained_model_name_or_path)
-    else:
-        model = CtrlCscModel(config)
+    # What trains them
     model.train().to(accelerator.device, memory_format=torch.channels_last)
     if settings.gradient_checkpointing:
         model.gradient_checkpointing_enable()
