@@ -63,8 +63,10 @@ def batch(seed=1) -> torch.Tensor:
 class Reference:
     """f and g written out, with parameters theta and eta and running statistics of their own."""
 
-    def __init__(self, model: CtrlCscModel) -> None:
+    def __init__(self, model: CtrlCscModel, reconstruction_statistics: str = "own") -> None:
         self.config = model.config
+        self.reuse = reconstruction_statistics == "images"
+        self.last_statistics: dict[int, tuple] = {}
         self.inverse = model.config.decoder_normalization == "inverse"
         self.theta = {name: p.detach().clone().requires_grad_() for name, p in model.encoder.named_parameters()}
         self.eta = {name: p.detach().clone().requires_grad_() for name, p in model.decoder.named_parameters()}
@@ -78,8 +80,12 @@ class Reference:
         }
         self.stages = copy.deepcopy(model.encoder.stages)  # only to ask for the step size
 
-    def batch_norm(self, half: str, layer: int, codes, update: bool):
+    def batch_norm(self, half: str, layer: int, codes, update: bool, reuse: bool = False):
         mean, variance = codes.mean(dim=(0, 2, 3)), codes.var(dim=(0, 2, 3), correction=0)
+        if reuse:
+            mean, variance = self.last_statistics[layer]
+        elif half == "encoder":
+            self.last_statistics[layer] = mean.detach(), variance.detach()
         if update:
             count = codes.numel() / codes.shape[1]
             statistics = self.statistics[half]
@@ -91,7 +97,7 @@ class Reference:
         normalized = (codes - mean[:, None, None]) / (variance[:, None, None] + 1e-5).sqrt()
         return gamma[:, None, None] * normalized + beta[:, None, None]
 
-    def encode(self, x, update: bool = False):
+    def encode(self, x, update: bool = False, reuse: bool = False):
         """z = f(x), and the sparse-coding energy of each image per pixel."""
         sparsity, ridge, energy = self.config.sparsity, self.config.ridge, 0.0
         signal = x
@@ -106,8 +112,11 @@ class Reference:
             misfit = signal - F.conv_transpose2d(codes, atoms, None, stride, padding)
             terms = (sparsity * codes, ridge / 2 * codes**2, misfit**2 / 2)
             energy = energy + sum(term.sum(dim=(1, 2, 3)) for term in terms)
-            signal = self.batch_norm("encoder", layer, codes, update)
-        vector = F.conv2d(signal, self.theta["last_stage.dictionary"])[:, :, 0, 0]
+            signal = self.batch_norm("encoder", layer, codes, update, reuse)
+        vector = F.conv2d(signal, self.theta["last_stage.dictionary"])
+        misfit = signal - F.conv_transpose2d(vector, self.theta["last_stage.dictionary"])
+        energy = energy + (misfit**2 / 2).sum(dim=(1, 2, 3))
+        vector = vector[:, :, 0, 0]
         length = ((vector**2).sum(dim=1, keepdim=True) + 1e-6).sqrt()
         if update:
             statistics = self.statistics["encoder"]
@@ -137,7 +146,7 @@ class Reference:
     def encoder_terms(self, settings: ClosedLoopObjective, x, augmented, update: bool = False):
         """J, S, S between z and z_a, E: what L_f weighs, with xh = g(z) a constant."""
         z, energy = self.encode(x, update)
-        zh, _ = self.encode(self.decode(z).detach())
+        zh, _ = self.encode(self.decode(z).detach(), reuse=self.reuse)
         z_augmented, _ = self.encode(augmented)
         return (
             utility(settings, z, zh),
@@ -149,7 +158,7 @@ class Reference:
     def decoder_terms(self, settings: ClosedLoopObjective, x, update: bool = False):
         """J, S: what L_g weighs, with z a constant."""
         z = self.encode(x)[0].detach()
-        zh, _ = self.encode(self.decode(z, update))
+        zh, _ = self.encode(self.decode(z, update), reuse=self.reuse)
         return utility(settings, z, zh), consistency(settings, z, zh)
 
     def gradients(self, loss, parameters) -> dict[str, torch.Tensor]:
@@ -230,8 +239,11 @@ def all_named_parameters(model: CtrlCscModel):
     return dict(model.named_parameters(remove_duplicate=False))
 
 
-def backward_gradients(model: CtrlCscModel, settings: ClosedLoopObjective) -> dict[str, torch.Tensor | None]:
-    loop = ClosedLoop(model, settings, *(torch.optim.SGD(p, lr=1.0) for p in player_parameters(model)))
+def backward_gradients(
+    model: CtrlCscModel, settings: ClosedLoopObjective, statistics: str = "own"
+) -> dict[str, torch.Tensor | None]:
+    optimizers = (torch.optim.SGD(p, lr=1.0) for p in player_parameters(model))
+    loop = ClosedLoop(model, settings, *optimizers, reconstruction_statistics=statistics)
     loop.backward(batch(), LABELS, batch(seed=2))
     return {name: p.grad for name, p in all_named_parameters(model).items()}
 
@@ -241,13 +253,14 @@ def backward_gradients(model: CtrlCscModel, settings: ClosedLoopObjective) -> di
 
 @pytest.mark.parametrize("consistency_name", ["cosine", "rate"])
 @pytest.mark.parametrize("objective", ["binary", "multi", "unsupervised"])
+@pytest.mark.parametrize("statistics", ["own", "images"])
 @pytest.mark.parametrize(("shared", "normalization"), ARCHITECTURES, ids=ARCHITECTURE_IDS)
 def test_gradients_of_both_players_equal_two_separate_passes_with_every_weight_on_and_off(
-    shared, normalization, objective, consistency_name
+    shared, normalization, statistics, objective, consistency_name
 ):
     model = build_model(shared, normalization)
     x, augmented = batch(), batch(seed=2)
-    reference, options = Reference(model), {"consistency": consistency_name}
+    reference, options = Reference(model, statistics), {"consistency": consistency_name}
     encoder_terms = reference.encoder_terms(make_objective(objective, **options), x, augmented, update=True)
     decoder_terms = reference.decoder_terms(make_objective(objective, **options), x)
     for values in itertools.product((0.0, 0.7), (0.0, 1.3), (0.0, 0.4), (0.0, 0.2)):
@@ -257,7 +270,7 @@ def test_gradients_of_both_players_equal_two_separate_passes_with_every_weight_o
         expected_decoder = reference.gradients(decoder_loss(settings, decoder_terms), reference.eta)
         for name in reference.shared:
             expected_encoder[name] = expected_decoder[name] = expected_encoder[name] + expected_decoder[name]
-        for name, gradient in backward_gradients(copy.deepcopy(model), settings).items():
+        for name, gradient in backward_gradients(copy.deepcopy(model), settings, statistics).items():
             half, _, local = name.partition(".")
             expected = expected_encoder if half == "encoder" else expected_decoder
             assert_close(gradient, expected[local], f"{name} with {weights}")
@@ -265,13 +278,14 @@ def test_gradients_of_both_players_equal_two_separate_passes_with_every_weight_o
 
 
 @pytest.mark.parametrize("weight", [0.0, 0.7])
+@pytest.mark.parametrize("statistics", ["own", "images"])
 @pytest.mark.parametrize(("shared", "normalization"), ARCHITECTURES, ids=ARCHITECTURE_IDS)
-def test_gradient_checkpointing_changes_no_gradient_of_the_game(shared, normalization, weight):
+def test_gradient_checkpointing_changes_no_gradient_of_the_game(shared, normalization, statistics, weight):
     settings = make_objective("multi", **dict.fromkeys(WEIGHTS, weight))
     plain, thrifty = build_model(shared, normalization), build_model(shared, normalization)
     thrifty.gradient_checkpointing_enable()
     assert thrifty.encoder.gradient_checkpointing and thrifty.decoder.gradient_checkpointing
-    expected, got = backward_gradients(plain, settings), backward_gradients(thrifty, settings)
+    expected, got = (backward_gradients(model, settings, statistics) for model in (plain, thrifty))
     for name, gradient in got.items():
         assert_close(gradient, expected[name], name)
     for name, buffer in thrifty.named_buffers():

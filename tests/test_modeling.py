@@ -106,6 +106,10 @@ def test_energy_is_the_sum_of_the_stages_objectives_divided_by_the_pixels():
         mean, deviation = norm.running_mean, (norm.running_var + 1e-5).sqrt()
         normalized = (codes - mean[:, None, None]) / deviation[:, None, None]
         signal = norm.weight[:, None, None] * normalized + norm.bias[:, None, None]
+    atoms = model.encoder.last_stage.dictionary
+    vector = torch.nn.functional.conv2d(signal, atoms)
+    misfit = signal - torch.nn.functional.conv_transpose2d(vector, atoms)
+    expected = expected + (misfit**2 / 2).sum(dim=(1, 2, 3))
     torch.testing.assert_close(out.energy, expected / (8 * 8))
 
 
@@ -130,6 +134,14 @@ def test_reconstructed_images_leave_the_running_statistics_alone():
     before = copy.deepcopy(dict(model.encoder.named_buffers()))
     model.encoder(x, update_statistics=False)
     assert all(torch.equal(buffer, before[name]) for name, buffer in model.encoder.named_buffers())
+
+
+def test_an_image_normalised_by_the_statistics_of_the_batch_before_has_the_latents_it_had_there():
+    model, x = build_model().train(), images()
+    latents = model.encoder(x).latents
+    again = model.encoder(x[:1], update_statistics=False, reuse_statistics=True).latents
+    torch.testing.assert_close(again, latents[:1])
+    assert not torch.allclose(model.encoder(x[:1], update_statistics=False).latents, latents[:1], atol=1e-2)
 
 
 @every_architecture

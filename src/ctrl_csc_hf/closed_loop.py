@@ -29,6 +29,7 @@ from .rate_reduction import (
 OBJECTIVES = ("binary", "multi", "unsupervised")
 PLAYS = ("simultaneous", "alternating")
 CONSISTENCIES = ("cosine", "rate")
+STATISTICS = ("own", "images")
 
 
 @dataclass(frozen=True)
@@ -110,9 +111,12 @@ class ClosedLoop:
         play: "simultaneous": one pass of the loop gives both players' gradients, equal to those of two passes at
             the same parameters; "alternating": the decoder answers the encoder's step, at the price of another
             pass.
+        reconstruction_statistics: what the encoder's batch norms normalise reconstructions by. "own": by their own
+            batch's statistics, which hides wrong means and contrasts of the reconstructions from both players;
+            "images": by those of the batch of images, as constants, so that f is one map.
 
     Raises:
-        ValueError: for an unknown `play`.
+        ValueError: for an unknown `play` or `reconstruction_statistics`.
         FloatingPointError: from `step`, where a loss is not finite; no optimiser has stepped with it.
     """
 
@@ -124,13 +128,19 @@ class ClosedLoop:
         decoder_optimizer: Optimizer,
         *,
         play: str = "simultaneous",
+        reconstruction_statistics: str = "own",
     ) -> None:
         if play not in PLAYS:
             raise ValueError(f"play must be one of {PLAYS}, got {play!r}")
+        if reconstruction_statistics not in STATISTICS:
+            raise ValueError(
+                f"reconstruction_statistics must be one of {STATISTICS}, got {reconstruction_statistics!r}"
+            )
         self.model = model
         self.objective = objective
         self.optimizers = (encoder_optimizer, decoder_optimizer)
         self.play = play
+        self.reuse_statistics = reconstruction_statistics == "images"
 
     def step(
         self, pixel_values: Tensor, labels: Tensor | None = None, augmented: Tensor | None = None
@@ -173,7 +183,7 @@ class ClosedLoop:
         with torch.set_grad_enabled(decoder_plays):
             xh = decoder(z.detach(), update_statistics=decoder_plays).reconstruction
         second_input = xh.detach().requires_grad_(decoder_plays)
-        zh = encoder(second_input, update_statistics=False).latents
+        zh = encoder(second_input, update_statistics=False, reuse_statistics=self.reuse_statistics).latents
 
         utility = objective.utility(z, zh, labels)
         consistency = objective.self_consistency(z, zh)

@@ -28,7 +28,8 @@ class CtrlCscEncoderOutput(ModelOutput):
     """
     latents: (n, latent_dim), unit vectors.
     codes: of every sparse-coding stage (n, stage_channels[l], h_l, w_l), non-negative; where asked for.
-    energy: (n,), the stages' sparse-coding energies summed and divided by the image's pixels; where asked for.
+    energy: (n,), the sparse-coding energies of all stages, the last with lambda = 0, summed and divided by the
+        image's pixels; where asked for.
     """
 
     latents: Tensor = None  # type: ignore[assignment]  # ModelOutput wants a default
@@ -65,6 +66,7 @@ class BatchNorm(nn.Module):
 
     running_mean: Tensor
     running_var: Tensor
+    batch_statistics: tuple[Tensor, Tensor] | None = None  # mean and variance of the last batch, in training
     eps = 1e-5
 
     def __init__(self, channels: int) -> None:
@@ -81,11 +83,20 @@ class BatchNorm(nn.Module):
         nn.init.zeros_(self.running_mean)
         nn.init.ones_(self.running_var)
 
-    def forward(self, codes: Tensor, update_statistics: bool) -> Tensor:
+    def forward(
+        self, codes: Tensor, update_statistics: bool, statistics: tuple[Tensor, Tensor] | None = None
+    ) -> Tensor:
+        """Normalises by the running statistics; in training by `statistics` (mean, variance), else by the batch's."""
         mean, variance = self.running_mean, self.running_var
-        if self.training and not update_statistics:
-            mean, variance = mean.clone(), variance.clone()
-        return F.batch_norm(codes, mean, variance, self.weight, self.bias, self.training, self.momentum, self.eps)
+        own = self.training and statistics is None
+        if statistics is not None:
+            mean, variance = statistics
+        elif self.training:
+            var_mean = torch.var_mean(codes.detach().to(variance.dtype), dim=(0, 2, 3), correction=0)
+            self.batch_statistics = (var_mean[1], var_mean[0])
+            if not update_statistics:
+                mean, variance = mean.clone(), variance.clone()
+        return F.batch_norm(codes, mean, variance, self.weight, self.bias, own, self.momentum, self.eps)
 
     def inverse(self, signal: Tensor) -> Tensor:
         """Undoes the affine map and the normalisation, with the running statistics as constants."""
@@ -160,10 +171,14 @@ def _is_loaded(tensor: Tensor) -> bool:
 
 
 def _encode_stage(
-    stage: ConvolutionalSparseCoding, norm: BatchNorm, signal: Tensor, update_statistics: bool
+    stage: ConvolutionalSparseCoding,
+    norm: BatchNorm,
+    statistics: tuple[Tensor, Tensor] | None,
+    signal: Tensor,
+    update_statistics: bool,
 ) -> tuple[Tensor, Tensor]:
     codes = stage.encode(signal)
-    return codes, norm(codes, update_statistics)
+    return codes, norm(codes, update_statistics, statistics)
 
 
 def _decode_stage(
@@ -206,6 +221,7 @@ class CtrlCscEncoder(CtrlCscPreTrainedModel):
         output_codes: bool = False,
         output_energy: bool = False,
         update_statistics: bool = True,
+        reuse_statistics: bool = False,
     ) -> CtrlCscEncoderOutput:
         """
         Args:
@@ -214,6 +230,8 @@ class CtrlCscEncoder(CtrlCscPreTrainedModel):
             output_energy: whether to return the stages' sparse-coding energy.
             update_statistics: in training, whether this batch counts in the running statistics of the batch
                 norms. Reconstructed images must not.
+            reuse_statistics: in training, whether to normalise by the statistics of the batch before, as constants,
+                instead of by those of this one: then f is the same map for both.
 
         Raises:
             ValueError: if the images do not have the size and channels of the configuration.
@@ -227,13 +245,19 @@ class CtrlCscEncoder(CtrlCscPreTrainedModel):
         all_codes: tuple[Tensor, ...] = ()
         energy = signal.new_zeros(len(signal))
         for stage, norm in zip(self.stages, self.norms, strict=True):
-            codes, next_signal = self._run_stage(partial(_encode_stage, stage, norm), signal, update_statistics)
+            statistics = norm.batch_statistics if reuse_statistics and self.training else None
+            run = partial(_encode_stage, stage, norm, statistics)
+            codes, next_signal = self._run_stage(run, signal, update_statistics)
             if output_codes:
                 all_codes += (codes,)
             if output_energy:
                 energy = energy + stage.energy(signal, codes)
             signal = next_signal
-        latents = self.last_stage.adjoint(signal).flatten(1)
+        vector = self.last_stage.adjoint(signal)
+        if output_energy:
+            synthesis = self.last_stage.synthesize(vector, signal.shape[-2:])
+            energy = energy + (signal - synthesis).square().flatten(1).sum(dim=1) / 2
+        latents = vector.flatten(1)
         length = (latents.square().sum(dim=1, keepdim=True) + LATENT_EPS).sqrt()
         if self.training and update_statistics:
             self.latent_norm.lerp_(length.detach().mean().to(self.latent_norm.dtype), self.latent_norm_momentum)
