@@ -62,7 +62,10 @@ def test_reconstruct_command_runs(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("script", "short_form"),
     [
-        ("train", ["--max_train_steps", "1", "--train_batch_size", "8", "--num_validation_images", "8"]),
+        (
+            "train",
+            ["--max_train_steps=1", "--train_batch_size=8", "--num_validation_images=8", "--energy_warmup_steps=1"],
+        ),
         ("evaluate", ["--num_images", "100", "--num_frechet_images", "100", "--train_split", "test"]),
     ],
 )

@@ -89,6 +89,7 @@ def test_old_checkpoints_are_removed_beyond_the_limit(train: Train) -> None:
     ("--objective", "multi", "--play", "alternating"),
     ("--objective", "unsupervised", "--augmentation_consistency", "1", "--encoder_consistency", "1"),
     ("--energy", "0.1", "--mixed_precision", "bf16", "--gradient_checkpointing"),
+    ("--energy_warmup_steps", "3", "--reconstruction_statistics", "images", "--gradient_checkpointing"),
 ])  # fmt: skip
 def test_every_objective_and_weight_trains(train: Train, flags: tuple[str, ...]) -> None:
     metrics = json.loads((train(*flags, "--max_train_steps", "2") / "metrics.json").read_text())
@@ -162,6 +163,8 @@ def test_ctrl_c_saves_a_checkpoint_from_which_the_run_goes_on(
         (("--image_column", "picture"), "image_column must be one of .*image.*, got 'picture'"),
         (("--resolution", "24"), "strides=.* is not allowed.*image_size=24"),
         (("--play", "both"), "play must be one of"),
+        (("--reconstruction_statistics", "all"), "reconstruction_statistics must be one of .*own.*, got 'all'"),
+        (("--energy_warmup_steps", "-1"), "energy_warmup_steps must be at least 0, got -1"),
         (("--config", "nothing"), "a preset must be a YAML file or one of .*cifar10"),
     ],
 )
@@ -271,6 +274,7 @@ def test_cifar10_streams_through_the_preset(train: Train, cifar10: str, tmp_path
     AcceleratorState._reset_state(reset_partial_state=True)
     flags = ["--config", "cifar10_small", "--dataset_name", cifar10, "--image_column", "image", "--report_to", "none"]
     flags += ["--max_train_steps", "2", "--num_validation_images", "64", "--output_dir", str(tmp_path / "cifar10")]
+    flags += ["--energy_warmup_steps", "2"]
     folder = main(*parse_settings([*flags, "--train_batch_size", "64"]))
     assert json.loads((folder / "metrics.json").read_text())["step"] == 2
 

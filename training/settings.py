@@ -7,7 +7,7 @@ from typing import Any
 from transformers import HfArgumentParser, SchedulerType
 
 from ctrl_csc_hf import CtrlCscConfig
-from ctrl_csc_hf.closed_loop import ClosedLoopObjective
+from ctrl_csc_hf.closed_loop import STATISTICS, ClosedLoopObjective
 from ctrl_csc_hf.presets import load_preset
 
 
@@ -51,6 +51,18 @@ class TrainingSettings:
     augmentation_consistency: float = option(0.0, "w_a, weight of consistency with augmented images.")
     energy: float = option(0.0, "w_E, weight of the sparse-coding energy.")
 
+    reconstruction_statistics: str = option(
+        "own", "What the encoder's batch norms normalise reconstructions by: own, their own batch's, or images."
+    )
+
+    # Before the game, see warmup.py
+    energy_warmup_steps: int = option(
+        0,
+        "Steps that learn the dictionaries from the sparse-coding energy alone; none where a run starts from a "
+        "checkpoint.",
+    )
+    energy_warmup_learning_rate: float = option(1e-3, "Learning rate of those, which falls to zero.")
+
     # Optimisation
     max_train_steps: int = option(45_000, "Steps in all.")
     train_batch_size: int = option(256, "Images a step.")
@@ -91,7 +103,9 @@ class TrainingSettings:
                      "validation_steps", "checkpointing_steps"):  # fmt: skip
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)!r}")
-        for name in ("encoder_learning_rate", "decoder_learning_rate"):
+        if self.energy_warmup_steps < 0:
+            raise ValueError(f"energy_warmup_steps must be at least 0, got {self.energy_warmup_steps!r}")
+        for name in ("encoder_learning_rate", "decoder_learning_rate", "energy_warmup_learning_rate"):
             if not 0 < getattr(self, name) < float("inf"):
                 raise ValueError(f"{name} must be a positive number, got {getattr(self, name)!r}")
         for name in ("adam_beta1", "adam_beta2", "ema_decay"):
@@ -102,6 +116,10 @@ class TrainingSettings:
             raise ValueError(f"mixed_precision must be 'no' or 'bf16', got {self.mixed_precision!r}")
         if self.checkpoints_total_limit is not None and self.checkpoints_total_limit < 1:
             raise ValueError(f"checkpoints_total_limit must be at least 1, got {self.checkpoints_total_limit!r}")
+        if self.reconstruction_statistics not in STATISTICS:
+            raise ValueError(
+                f"reconstruction_statistics must be one of {STATISTICS}, got {self.reconstruction_statistics!r}"
+            )
         self.closed_loop_objective(num_classes=1)  # wrong weights and names are found before any data is read
 
     def closed_loop_objective(self, num_classes: int | None) -> ClosedLoopObjective:

@@ -15,7 +15,7 @@ from accelerate.utils import ProjectConfiguration, set_seed
 from augmentation import augment
 from data import ImageDataset, ImageSource, ImageStream, build_dataloader, hold_out, load_images, take_images
 from diffusers.training_utils import EMAModel
-from ema import CALIBRATION_IMAGES, averaged_model
+from ema import CALIBRATION_IMAGES, averaged_model, recompute_statistics
 from run import (
     CatchInterrupt,
     History,
@@ -30,6 +30,7 @@ from run import (
 from settings import TrainingSettings, parse_settings
 from tqdm.auto import tqdm
 from transformers import get_scheduler
+from warmup import invert_encoder, learn_dictionaries
 
 from ctrl_csc_hf import CtrlCscConfig, CtrlCscModel
 from ctrl_csc_hf.closed_loop import ClosedLoop, player_parameters
@@ -81,7 +82,13 @@ def main(settings: TrainingSettings, config: CtrlCscConfig) -> Path:
         for optimizer in optimizers
     ]
     ema = EMAModel(model.parameters(), decay=settings.ema_decay) if settings.use_ema else None
-    loop = ClosedLoop(model, settings.closed_loop_objective(num_classes), *optimizers, play=settings.play)
+    loop = ClosedLoop(
+        model,
+        settings.closed_loop_objective(num_classes),
+        *optimizers,
+        play=settings.play,
+        reconstruction_statistics=settings.reconstruction_statistics,
+    )
 
     # The record
     history = History()
@@ -107,15 +114,32 @@ def main(settings: TrainingSettings, config: CtrlCscConfig) -> Path:
         )
         return evaluated
 
+    batches = endless_batches(loader, stream, history)
+
+    def on_device(pixel_values: torch.Tensor) -> torch.Tensor:
+        return pixel_values.to(accelerator.device, memory_format=torch.channels_last)
+
+    # Dictionaries before the game
+    if settings.energy_warmup_steps and history.step == 0 and not settings.pretrained_model_name_or_path:
+        with CatchInterrupt() as interrupt:
+            images = (on_device(batch["pixel_values"]) for batch in batches)
+            steps, learning_rate = settings.energy_warmup_steps, settings.energy_warmup_learning_rate
+            learn_dictionaries(model, images, steps, learning_rate, lambda: interrupt.requested)
+        if interrupt.requested:
+            sys.exit("Interrupted before the first step of the game; there is no checkpoint to go on from")
+        recompute_statistics(model, calibration, settings.train_batch_size)
+        invert_encoder(model, on_device(calibration))
+        if ema:
+            ema.step(model.parameters())  # the first one copies
+
     # The game
     progress = tqdm(total=settings.max_train_steps, initial=history.step, desc="training", smoothing=0.05)
     if history.step == 0:
         evaluate()
-    batches = endless_batches(loader, stream, history)
     with CatchInterrupt() as interrupt:
         while history.step < settings.max_train_steps and not interrupt.requested:
             batch = next(batches)
-            pixel_values = batch["pixel_values"].to(accelerator.device, memory_format=torch.channels_last)
+            pixel_values = on_device(batch["pixel_values"])
             labels = batch["labels"].to(accelerator.device) if "labels" in batch else None
             augmented = augment(pixel_values) if settings.augmentation_consistency else None
             try:
@@ -200,7 +224,7 @@ def load_data(
         "image_size": config.image_size,
     }
     held_out = take_images(held_out_images, settings.num_validation_images, **form)["pixel_values"]
-    calibration = take_images(images, CALIBRATION_IMAGES, **form)["pixel_values"] if settings.use_ema else None
+    calibration = take_images(images, CALIBRATION_IMAGES, **form)["pixel_values"]
     num_classes = None
     if label_column is not None:
         num_classes = getattr(images.features[label_column], "num_classes", None)
