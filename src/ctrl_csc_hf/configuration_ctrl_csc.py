@@ -65,6 +65,13 @@ class CtrlCscConfig(_StrictCtrlCscConfig):
             raise ValueError(str(error)) from error
         self._check()
 
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        # transformers would only warn, and fill in defaults.
+        model_type = config_dict.get("model_type")
+        _require(model_type in (None, cls.model_type), "model_type", model_type, f"{cls.model_type!r}")
+        return super().from_dict(config_dict, **kwargs)
+
     @property
     def signal_sizes(self) -> list[int]:
         """Side of every stage's input, from `image_size` on, and 1, the side of the last stage's output."""

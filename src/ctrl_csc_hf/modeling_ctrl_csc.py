@@ -5,6 +5,7 @@ Dai et al., "Closed-Loop Transcription via Convolutional Sparse Coding", CPAL 20
     image x -> encoder f -> latents z, unit vectors -> decoder g -> reconstruction xh (-> f -> zh)
 """
 
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -21,6 +22,8 @@ from .sparse_coding import ConvolutionalDictionary, ConvolutionalSparseCoding
 
 LATENT_EPS = 1e-6  # in z / sqrt(|z|^2 + eps)
 SMALLEST_GAMMA = 0.05  # of a batch norm that the decoder inverts
+# Of `from_pretrained`: where a file lies.
+HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "revision", "subfolder", "token")
 
 
 @dataclass
@@ -279,6 +282,19 @@ class CtrlCscDecoder(CtrlCscPreTrainedModel):
     main_input_name = "latents"
     _keys_to_ignore_on_load_unexpected = [r"^encoder\."]
 
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
+        config = kwargs.get("config")
+        if not isinstance(config, CtrlCscConfig):
+            where = {name: kwargs[name] for name in HUB_ARGUMENTS if name in kwargs}
+            config = CtrlCscConfig.from_pretrained(config or pretrained_model_name_or_path, **where)
+        # A whole model's checkpoint holds what its halves share once, under the encoder's name.
+        kwargs["key_mapping"] = {rf"^encoder\.({pattern})$": r"\1" for pattern in _shared_tensors(config)}
+        loaded = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+        model = loaded[0] if isinstance(loaded, tuple) else loaded
+        model._weight_conversions = []  # transformers would undo the mapping when this half is saved alone
+        return loaded
+
     def __init__(self, config: CtrlCscConfig) -> None:
         super().__init__(config)
         self.gradient_checkpointing = False
@@ -320,7 +336,9 @@ class CtrlCscModel(CtrlCscPreTrainedModel):
         super().__init__(config)
         self.encoder = CtrlCscEncoder(config)
         self.decoder = CtrlCscDecoder(config)
-        self._tied_weights_keys = self._shared_tensors()
+        shared = [re.compile(pattern) for pattern in _shared_tensors(config)]
+        names = [name for name in self.decoder.state_dict() if any(pattern.fullmatch(name) for pattern in shared)]
+        self._tied_weights_keys = {f"decoder.{name}": f"encoder.{name}" for name in names}
         self.post_init()
         # The halves overlook each other's tensors on loading; the whole must not.
         self._keys_to_ignore_on_load_unexpected: set[str] = set()
@@ -370,15 +388,15 @@ class CtrlCscModel(CtrlCscPreTrainedModel):
         except AttributeError:
             return self.get_buffer(target)
 
-    def _shared_tensors(self) -> dict[str, str]:
-        """Names of the decoder's tensors that are the encoder's, which alone are saved."""
-        names: list[str] = []
-        if self.config.share_dictionaries:
-            names += [name for name, _ in self.decoder.named_parameters() if name.endswith("dictionary")]
-        if self.config.decoder_normalization == "inverse":
-            state = self.decoder.state_dict()
-            names += [name for name in state if name.startswith("norms.") or name == "latent_norm"]
-        return {f"decoder.{name}": f"encoder.{name}" for name in names}
+
+def _shared_tensors(config: CtrlCscConfig) -> list[str]:
+    """Patterns of the names of the decoder's tensors that are the encoder's, which alone are saved."""
+    patterns: list[str] = []
+    if config.share_dictionaries:
+        patterns += [r"stages\.\d+\.dictionary", r"last_stage\.dictionary"]
+    if config.decoder_normalization == "inverse":
+        patterns += [r"norms\..+", "latent_norm"]
+    return patterns
 
 
 __all__ = [
