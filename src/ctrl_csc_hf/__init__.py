@@ -3,6 +3,8 @@
 Importing this package registers its classes with transformers' Auto classes.
 """
 
+from typing import TYPE_CHECKING, Any
+
 from transformers import AutoConfig, AutoModel
 
 # Up to transformers 5.17 the shorter import demands torchvision, which nothing here needs.
@@ -21,9 +23,24 @@ from .modeling_ctrl_csc import (
 from .rate_reduction import class_rate_reduction, coding_rate, multiclass_objective, rate_reduction
 from .sparse_coding import ConvolutionalDictionary, ConvolutionalSparseCoding
 
+if TYPE_CHECKING:
+    from .pipeline_ctrl_csc import CtrlCscPipeline, CtrlCscPipelineOutput
+
 AutoConfig.register(CtrlCscConfig.model_type, CtrlCscConfig)
 AutoModel.register(CtrlCscConfig, CtrlCscModel)
 AutoImageProcessor.register(CtrlCscConfig, image_processor_classes={"pil": CtrlCscImageProcessor})
+
+
+def __getattr__(name: str) -> Any:
+    """The pipeline on demand: it needs diffusers, which the rest does not."""
+    if name not in ("CtrlCscPipeline", "CtrlCscPipelineOutput"):
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    try:
+        from . import pipeline_ctrl_csc
+    except ModuleNotFoundError as error:
+        raise ImportError(f"{name} needs {error.name}: pip install ctrl-csc-hf[pipeline]") from error
+    return getattr(pipeline_ctrl_csc, name)
+
 
 __all__ = [
     "ConvolutionalDictionary",
@@ -36,6 +53,8 @@ __all__ = [
     "CtrlCscImageProcessor",
     "CtrlCscModel",
     "CtrlCscModelOutput",
+    "CtrlCscPipeline",
+    "CtrlCscPipelineOutput",
     "class_rate_reduction",
     "coding_rate",
     "multiclass_objective",

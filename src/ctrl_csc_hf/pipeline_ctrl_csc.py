@@ -1,0 +1,182 @@
+"""A diffusers pipeline around a CTRL-CSC model: image -> latents -> reconstruction, and interpolation between images.
+
+This file also runs from a Hub repository, without the rest of the package; its components come to it as objects.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from diffusers import DiffusionPipeline
+from diffusers.utils import BaseOutput
+from PIL import Image
+from torch import Tensor
+from transformers import PreTrainedModel
+from transformers.image_processing_utils import BaseImageProcessor
+
+OUTPUT_TYPES = ("pil", "np", "pt")
+LARGEST_SINE_OF_PARALLELS = 1e-4  # of unit vectors whose great circle is lost in rounding
+
+Images = list[Image.Image] | np.ndarray | Tensor
+
+
+@dataclass
+class CtrlCscPipelineOutput(BaseOutput):
+    """
+    images: the reconstructions: a list of n PIL images, an array (n, height, width, 3) or a tensor
+        (n, 3, height, width), the latter two float32 in [0, 1].
+    latents: (n, latent_dim), unit vectors; where asked for.
+    codes: of every sparse-coding stage (n, stage_channels[l], h_l, w_l), non-negative; where asked for.
+    """
+
+    images: Images
+    latents: Tensor | None = None
+    codes: tuple[Tensor, ...] | None = None
+
+
+class CtrlCscPipeline(DiffusionPipeline):
+    """Reconstructs images, encodes them, decodes latents, and interpolates between two images.
+
+    Args:
+        model: a `CtrlCscModel`.
+        image_processor: its `CtrlCscImageProcessor`, which says what counts as an image.
+
+    ```python
+    >>> from PIL import Image
+    >>> from ctrl_csc_hf import CtrlCscConfig, CtrlCscImageProcessor, CtrlCscModel, CtrlCscPipeline
+
+    >>> pipe = CtrlCscPipeline(CtrlCscModel(CtrlCscConfig()), CtrlCscImageProcessor(image_size=32))
+    >>> pipe(Image.new("RGB", (48, 40), "orange")).images[0].size
+    (32, 32)
+    ```
+    """
+
+    model: Any
+    image_processor: Any
+
+    def __init__(self, model: PreTrainedModel, image_processor: BaseImageProcessor) -> None:
+        super().__init__()
+        self.register_modules(model=model.eval(), image_processor=image_processor)
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        image: Any,
+        batch_size: int = 64,
+        output_type: str = "pil",
+        return_latents: bool = False,
+        return_codes: bool = False,
+        return_dict: bool = True,
+    ) -> CtrlCscPipelineOutput | tuple:
+        """Reconstructs images.
+
+        Args:
+            image: what the image processor takes: an image, a batch, or a list of these.
+            batch_size: images that go through the model at once.
+            output_type: of the images: "pil", "np" or "pt".
+            return_latents, return_codes: whether to return these too.
+            return_dict: whether to return a `CtrlCscPipelineOutput` rather than a tuple of what it holds.
+
+        Raises:
+            ValueError: for another `output_type`, a `batch_size` below 1, and images that the processor refuses.
+            TypeError: for what is no image.
+        """
+        # 1. Check the arguments
+        _check_output_type(output_type)
+        if batch_size < 1:
+            raise ValueError(f"batch_size must be at least 1, got {batch_size!r}")
+
+        # 2. Images to pixels in [-1, 1]
+        pixel_values = self._preprocess(image)
+
+        # 3. Encode and decode, batch by batch
+        latents, codes, reconstructions = [], [], []
+        for batch in self.progress_bar(pixel_values.split(batch_size)):
+            encoded = self.model.encode(batch, output_codes=return_codes)
+            latents.append(encoded.latents)
+            codes.append(encoded.codes)
+            reconstructions.append(self.model.decode(encoded.latents).reconstruction)
+
+        # 4. Pixels to images
+        output = CtrlCscPipelineOutput(
+            images=self.image_processor.postprocess(torch.cat(reconstructions), output_type=output_type),
+            latents=torch.cat(latents) if return_latents else None,
+            codes=tuple(torch.cat(stage) for stage in zip(*codes, strict=True)) if return_codes else None,
+        )
+        return output if return_dict else output.to_tuple()
+
+    @torch.no_grad()
+    def encode(self, image: Any) -> Tensor:
+        """Images -> latents (n, latent_dim), unit vectors. Errors as of `__call__`."""
+        return self.model.encode(self._preprocess(image)).latents
+
+    @torch.no_grad()
+    def decode(self, latents: Tensor, output_type: str = "pil") -> Images:
+        """Latents (n, latent_dim) -> n images, as in `CtrlCscPipelineOutput`.
+
+        Raises:
+            ValueError: for latents of another shape, and for another `output_type`.
+        """
+        _check_output_type(output_type)
+        reconstruction = self.model.decode(latents.to(self.device)).reconstruction
+        return self.image_processor.postprocess(reconstruction, output_type=output_type)
+
+    @torch.no_grad()
+    def interpolate(self, a: Any, b: Any, num_steps: int = 8, output_type: str = "pil") -> Images:
+        """Images along the great circle from the latents of image `a` to those of image `b`, both ends included.
+
+        Raises:
+            ValueError: for fewer than 2 steps, more than one image in `a` or `b`, and latents that point in
+                opposite directions, which no single great circle joins.
+        """
+        if num_steps < 2:
+            raise ValueError(f"num_steps must be at least 2, got {num_steps!r}")
+        start, end = self.encode(a), self.encode(b)
+        for name, latents in (("a", start), ("b", end)):
+            if len(latents) != 1:
+                raise ValueError(f"{name} must be one image, got {len(latents)}")
+        return self.decode(great_circle(start, end, num_steps), output_type)
+
+    def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
+        """Not this way: diffusers would store the weights apart from what AutoModel loads.
+
+        Raises:
+            NotImplementedError: always; it says what to do instead.
+        """
+        raise NotImplementedError(
+            "a CtrlCscPipeline is not saved by save_pretrained: ctrl_csc_hf.hub.export(pipe.model, folder) writes a "
+            "folder that DiffusionPipeline and AutoModel load"
+        )
+
+    def _preprocess(self, image: Any) -> Tensor:
+        pixel_values = self.image_processor(image, return_tensors="pt").pixel_values
+        return pixel_values.to(self.device, self.model.dtype)
+
+
+def great_circle(start: Tensor, end: Tensor, num_steps: int) -> Tensor:
+    """Points at equal angles from `start` to `end`, unit vectors (1, d), both included: (num_steps, d).
+
+    Raises:
+        ValueError: if they point in opposite directions.
+    """
+    first, last = start.double(), end.double()
+    angle = 2 * torch.atan2((first - last).norm(), (first + last).norm())  # accurate at both ends
+    share = torch.linspace(0, 1, num_steps, dtype=torch.float64, device=start.device)[:, None]
+    if angle.sin() < LARGEST_SINE_OF_PARALLELS:
+        if angle > 1:
+            raise ValueError("a and b must not have opposite latents: no single great circle joins them")
+        points = first + share * (last - first)
+    else:
+        points = (((1 - share) * angle).sin() * first + (share * angle).sin() * last) / angle.sin()
+    points = points.to(start.dtype)
+    points[0], points[-1] = start[0], end[0]
+    return points
+
+
+def _check_output_type(output_type: str) -> None:
+    if output_type not in OUTPUT_TYPES:
+        raise ValueError(f"output_type must be one of {OUTPUT_TYPES}, got {output_type!r}")
+
+
+__all__ = ["CtrlCscPipeline", "CtrlCscPipelineOutput"]

@@ -1,0 +1,162 @@
+"""CtrlCscPipeline gives what processor and model give by hand, in every form that diffusers' users expect."""
+
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from ctrl_csc_hf import CtrlCscConfig, CtrlCscImageProcessor, CtrlCscModel, CtrlCscPipeline
+
+CONFIG = {
+    "image_size": 16,
+    "latent_dim": 8,
+    "stage_channels": [8, 8],
+    "kernel_sizes": [4, 4, 4],
+    "strides": [2, 2, 1],
+    "paddings": [1, 1, 0],
+}
+
+
+@pytest.fixture(scope="module")
+def model() -> CtrlCscModel:
+    torch.manual_seed(0)
+    return CtrlCscModel(CtrlCscConfig(**CONFIG)).eval()
+
+
+@pytest.fixture
+def pipe(model: CtrlCscModel) -> CtrlCscPipeline:
+    pipe = CtrlCscPipeline(model, CtrlCscImageProcessor(image_size=16))
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def pictures(count: int) -> list[Image.Image]:
+    generator = np.random.default_rng(0)
+    return [Image.fromarray(generator.integers(0, 256, (20, 24, 3), dtype=np.uint8)) for _ in range(count)]
+
+
+def by_hand(model: CtrlCscModel, images: list[Image.Image]):
+    pixel_values = CtrlCscImageProcessor(image_size=16)(images, return_tensors="pt").pixel_values
+    with torch.no_grad():
+        return model(pixel_values, output_codes=True)
+
+
+def test_images_are_those_of_processor_and_model(pipe: CtrlCscPipeline, model: CtrlCscModel) -> None:
+    images = pictures(3)
+    expected = ((by_hand(model, images).reconstruction / 2 + 0.5).clamp(0, 1)).permute(0, 2, 3, 1).numpy()
+    assert np.array_equal(pipe(images, output_type="np").images, expected)
+    assert torch.equal(pipe(images, output_type="pt").images, torch.from_numpy(expected).permute(0, 3, 1, 2))
+    got = np.stack([np.asarray(image) for image in pipe(images).images])
+    assert np.array_equal(got, np.round(expected * 255).astype(np.uint8))
+    assert pipe(images[0]).images[0].size == (16, 16)
+
+
+def test_latents_and_codes_come_where_asked_for(pipe: CtrlCscPipeline, model: CtrlCscModel) -> None:
+    images = pictures(2)
+    assert set(pipe(images)) == {"images"}
+    output, expected = pipe(images, return_latents=True, return_codes=True), by_hand(model, images)
+    assert torch.equal(output.latents, expected.latents)
+    assert len(output.codes) == 2
+    assert all(torch.equal(got, codes) for got, codes in zip(output.codes, expected.codes, strict=True))
+    as_tuple = pipe(images, return_latents=True, return_dict=False)
+    assert len(as_tuple) == 2 and torch.equal(as_tuple[1], output.latents)
+
+
+def test_batches_equal_one_batch(pipe: CtrlCscPipeline) -> None:
+    images = pictures(5)
+    whole, parts = (pipe(images, size, "pt", return_latents=True, return_codes=True) for size in (5, 2))
+    for got, expected in ((parts.images, whole.images), (parts.latents, whole.latents)):
+        torch.testing.assert_close(got, expected, atol=1e-6, rtol=0)
+    assert [codes.shape for codes in parts.codes] == [codes.shape for codes in whole.codes]
+
+
+def test_encode_then_decode_is_the_reconstruction(pipe: CtrlCscPipeline) -> None:
+    images = pictures(2)
+    latents = pipe.encode(images)
+    torch.testing.assert_close(latents.norm(dim=1), torch.ones(2), atol=1e-2, rtol=0)
+    assert torch.equal(pipe.decode(latents, output_type="pt"), pipe(images, output_type="pt").images)
+
+
+def test_interpolation_goes_along_the_great_circle_in_equal_angles(pipe: CtrlCscPipeline, model: CtrlCscModel) -> None:
+    a, b = pictures(2)
+    images = pipe.interpolate(a, b, 5, output_type="pt")
+    assert torch.equal(images[[0, 4]], pipe([a, b], output_type="pt").images)
+    start, end = pipe.encode([a, b]).double().numpy()
+    # Rotation in the plane of both: by Gram-Schmidt, not by the formula of the pipeline.
+    across = end - (end @ start) * start
+    across /= np.linalg.norm(across)
+    angles = np.arccos(end @ start) * np.arange(5) / 4
+    points = np.cos(angles)[:, None] * start + np.sin(angles)[:, None] * across
+    expected = model.decode(torch.from_numpy(points).float()).reconstruction / 2 + 0.5
+    torch.testing.assert_close(images, expected.detach().clamp(0, 1), atol=1e-4, rtol=0)
+
+
+def test_interpolation_between_equal_images_stays_where_it_is(pipe: CtrlCscPipeline) -> None:
+    image = pictures(1)[0]
+    images = pipe.interpolate(image, image, 3, output_type="pt")
+    torch.testing.assert_close(images, pipe(image, output_type="pt").images.expand(3, -1, -1, -1), atol=1e-6, rtol=0)
+
+
+def test_opposite_latents_have_no_great_circle() -> None:
+    from ctrl_csc_hf.pipeline_ctrl_csc import great_circle
+
+    start = torch.nn.functional.normalize(torch.randn(1, 8), dim=1)
+    with pytest.raises(ValueError, match="opposite latents"):
+        great_circle(start, -start, 4)
+
+
+def test_bfloat16(model: CtrlCscModel) -> None:
+    pipe = CtrlCscPipeline(CtrlCscModel(model.config), CtrlCscImageProcessor(image_size=16))
+    pipe.model.load_state_dict(model.state_dict())
+    pipe.set_progress_bar_config(disable=True)
+    exact = pipe(pictures(2), output_type="pt").images
+    pipe.to(torch.bfloat16)
+    output = pipe(pictures(2), output_type="pt", return_latents=True)
+    assert output.latents.dtype == torch.bfloat16 and output.images.dtype == torch.float32
+    assert (output.images - exact).abs().mean() < 0.05
+
+
+def test_the_progress_bar_counts_batches_and_can_be_off(
+    model: CtrlCscModel, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pipe = CtrlCscPipeline(model, CtrlCscImageProcessor(image_size=16))
+    pipe(pictures(3), batch_size=1)
+    assert "3/3" in capsys.readouterr().err
+    pipe.set_progress_bar_config(disable=True)
+    pipe(pictures(3), batch_size=1)
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda pipe, image: pipe(image, output_type="jpeg"), "output_type must be one of .*'pil'.*, got 'jpeg'"),
+        (lambda pipe, image: pipe(image, batch_size=0), "batch_size must be at least 1, got 0"),
+        (lambda pipe, image: pipe.decode(torch.randn(2, 7)), r"latents must have shape \(n, 8\), got \(2, 7\)"),
+        (lambda pipe, image: pipe.interpolate(image, image, 1), "num_steps must be at least 2, got 1"),
+        (lambda pipe, image: pipe.interpolate([image] * 2, image), "a must be one image, got 2"),
+        (lambda pipe, image: pipe([]), "there must be at least one image"),
+    ],
+)
+def test_wrong_arguments_are_named(pipe: CtrlCscPipeline, call, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        call(pipe, pictures(1)[0])
+
+
+def test_saving_says_how_to_do_it(pipe: CtrlCscPipeline, tmp_path) -> None:
+    with pytest.raises(NotImplementedError, match=r"ctrl_csc_hf\.hub\.export"):
+        pipe.save_pretrained(tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_without_diffusers_the_pipeline_names_the_extra_and_the_rest_works() -> None:
+    code = (
+        "import sys; sys.modules['diffusers'] = None; import ctrl_csc_hf\n"
+        "try: ctrl_csc_hf.CtrlCscPipeline\n"
+        "except ImportError as error: print(error)"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert result.stdout.strip() == "CtrlCscPipeline needs diffusers: pip install ctrl-csc-hf[pipeline]"
