@@ -13,6 +13,7 @@ from typing import Any, Self
 
 import torch
 import torch.nn.functional as F
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
@@ -120,8 +121,14 @@ class CtrlCscPreTrainedModel(PreTrainedModel):
     last_stage: Any  # ConvolutionalDictionary
 
     @classmethod
-    def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
-        loaded = super().from_pretrained(*args, **kwargs)
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
+        kwargs.setdefault("use_safetensors", True)  # pickled weights could run code
+        try:
+            loaded = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+        except SafetensorError as error:
+            raise OSError(
+                f"the weights of {pretrained_model_name_or_path} are damaged, model.safetensors must be whole: {error}"
+            ) from error
         model = loaded[0] if isinstance(loaded, tuple) else loaded
         # What this package saves has unit atoms, and stays as it is; weights from elsewhere are made to fit.
         on_device = [d for d in model.dictionaries() if d.dictionary.device.type != "meta"]
