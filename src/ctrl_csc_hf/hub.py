@@ -7,7 +7,10 @@ with and without this package: the code that they need lies beside the weights.
 import json
 import shutil
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
+
+from huggingface_hub import HfApi
 
 from .image_processing_ctrl_csc import CtrlCscImageProcessor
 from .modeling_ctrl_csc import CtrlCscModel
@@ -50,6 +53,28 @@ def export(model: CtrlCscModel, folder: str | Path) -> Path:
         for source in sources:
             shutil.copyfile(PACKAGE / source, folder / subfolder / Path(source).name)
     return folder
+
+
+def publish(checkpoint: str | Path, repo_id: str, *, private: bool = False) -> str:
+    """Uploads a checkpoint in the form of `export`, as one commit: a reader sees all of it or nothing.
+
+    Where nothing has changed, nothing is uploaded. After an upload that broke off the next one goes on with it.
+
+    Args:
+        checkpoint: a folder that `save_pretrained` or train.py wrote.
+        repo_id: "name" or "organization/name"; is created where it does not exist.
+        private: whether a repository that is created is private.
+
+    Returns:
+        The repository's address.
+    """
+    model = CtrlCscModel.from_pretrained(checkpoint)
+    api = HfApi()
+    with TemporaryDirectory() as folder:
+        export(model, folder)
+        repository = api.create_repo(repo_id, private=private, exist_ok=True)
+        api.upload_folder(repo_id=repository.repo_id, folder_path=folder, commit_message="Publish with ctrl-csc-hf")
+    return str(repository)
 
 
 def _add_to_json(path: Path, entries: dict[str, Any]) -> None:
