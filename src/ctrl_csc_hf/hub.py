@@ -16,6 +16,10 @@ from .image_processing_ctrl_csc import CtrlCscImageProcessor
 from .modeling_ctrl_csc import CtrlCscModel
 
 PACKAGE = Path(__file__).parent
+# An installed package has them beside this module, an editable one in the repository.
+MODEL_CARDS = next(
+    folder for folder in (PACKAGE / "model_cards", PACKAGE.parents[1] / "model_cards") if folder.is_dir()
+)
 CODE = {  # where it lies in the repository; diffusers fetches a component's folder, and the pipeline from the root
     "model": ("configuration_ctrl_csc.py", "sparse_coding.py", "modeling_ctrl_csc.py", "remote/load_model.py"),
     "image_processor": ("image_processing_ctrl_csc.py", "remote/load_image_processor.py"),
@@ -52,6 +56,7 @@ def export(model: CtrlCscModel, folder: str | Path) -> Path:
         (folder / subfolder).mkdir(exist_ok=True)
         for source in sources:
             shutil.copyfile(PACKAGE / source, folder / subfolder / Path(source).name)
+    shutil.copyfile(MODEL_CARDS / "handler.py", folder / "handler.py")
     return folder
 
 
