@@ -12,7 +12,6 @@ from typing import Any, Self
 import torch
 from accelerate import Accelerator
 from data import ImageStream
-from huggingface_hub import HfApi
 from torch import Tensor
 from torch.utils.data import DataLoader
 
@@ -22,6 +21,7 @@ from ctrl_csc_hf.rate_reduction import coding_rate, rate_reduction
 from ctrl_csc_hf.visualization import reconstruction_grid, training_curves
 
 GRID_IMAGES = 40
+EXAMPLES = 4  # held-out images kept as files, for the widget of a published model
 
 
 class History:
@@ -144,22 +144,22 @@ def save_grid(path: Path, originals: Tensor, reconstructions: Tensor) -> None:
     reconstruction_grid(originals[: len(reconstructions)], reconstructions, scale=scale).save(path)
 
 
-def save_model(model: CtrlCscModel, output_dir: Path, history: History, settings: dict[str, Any]) -> None:
-    """The folder that AutoModel and AutoImageProcessor load, with metrics.json and the run's record."""
+@torch.no_grad()
+def save_model(
+    model: CtrlCscModel, output_dir: Path, history: History, settings: dict[str, Any], held_out: Tensor
+) -> None:
+    """The folder that AutoModel and AutoImageProcessor load, with metrics.json, the run's record and pictures."""
     model.save_pretrained(output_dir)
-    CtrlCscImageProcessor(image_size=model.config.image_size).save_pretrained(output_dir)
-    held_out = next((r for r in reversed(history.records) if "held_out_psnr" in r), {})
-    metrics = {**held_out, "unreadable_images": history.unreadable}
+    shown = held_out[:GRID_IMAGES]
+    save_grid(output_dir / "reconstructions.png", shown, model(shown.to(model.device)).reconstruction.cpu())
+    processor = CtrlCscImageProcessor(image_size=model.config.image_size)
+    (output_dir / "examples").mkdir(exist_ok=True)
+    for index, image in enumerate(processor.postprocess(shown[:EXAMPLES])):
+        image.save(output_dir / "examples" / f"{index}.png")
+    processor.save_pretrained(output_dir)
+    figures = next((r for r in reversed(history.records) if "held_out_psnr" in r), {})
+    metrics = {**figures, "unreadable_images": history.unreadable}
     (output_dir / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n")
     (output_dir / "training_args.json").write_text(json.dumps(settings, indent=2) + "\n")
     (output_dir / "history.json").write_text(json.dumps(history.records) + "\n")
     training_curves(history.records).savefig(output_dir / "training_curve.png", dpi=120)
-
-
-def push_folder(output_dir: Path, repository: str | None) -> str:
-    """Uploads the model folder, without checkpoints and logs, and returns the repository's address."""
-    api = HfApi()
-    created = api.create_repo(repository or output_dir.resolve().name, exist_ok=True)
-    unpublished = ["checkpoint-*", ".checkpoint-*", "logs/*", "samples/*"]
-    api.upload_folder(repo_id=created.repo_id, folder_path=output_dir, ignore_patterns=unpublished)
-    return str(created)

@@ -22,7 +22,6 @@ from run import (
     endless_batches,
     find_checkpoint,
     held_out_figures,
-    push_folder,
     save_checkpoint,
     save_grid,
     save_model,
@@ -34,6 +33,7 @@ from warmup import invert_encoder, learn_dictionaries
 
 from ctrl_csc_hf import CtrlCscConfig, CtrlCscModel
 from ctrl_csc_hf.closed_loop import ClosedLoop, player_parameters
+from ctrl_csc_hf.hub import publish
 from ctrl_csc_hf.rate_reduction import SMALL_CLASS
 
 logger = logging.getLogger(__name__)
@@ -182,12 +182,13 @@ def main(settings: TrainingSettings, config: CtrlCscConfig) -> Path:
 
     trained = evaluate()
     progress.close()
-    save_model(trained, output_dir, history, asdict(settings))
+    save_model(trained, output_dir, history, asdict(settings), held_out)
     if history.unreadable:
         accelerator.print(f"{history.unreadable} unreadable images were skipped")
     accelerator.print(f"Model, image processor and metrics.json are in {output_dir}")
     if settings.push_to_hub:
-        accelerator.print(f"Pushed to {push_folder(output_dir, settings.hub_model_id)}")
+        repo_id = settings.hub_model_id or output_dir.resolve().name
+        accelerator.print(f"Published as {publish(output_dir, repo_id)}")
     accelerator.end_training()
     return output_dir
 

@@ -8,6 +8,7 @@ import typer
 from PIL import Image, UnidentifiedImageError
 from transformers import AutoModel
 
+from . import hub
 from .image_processing_ctrl_csc import CtrlCscImageProcessor
 from .metrics import peak_signal_to_noise_ratio
 from .modeling_ctrl_csc import CtrlCscModel
@@ -41,6 +42,23 @@ def reconstruct(
     for path, psnr in zip(images, peak_signal_to_noise_ratio(originals, reconstructions).tolist(), strict=True):
         typer.echo(f"{path}: PSNR {psnr:.2f} dB")
     typer.echo(f"Originals above reconstructions: {output}")
+
+
+@app.command()
+def publish(
+    checkpoint: Annotated[Path, typer.Argument(help="A folder that train.py wrote.", exists=True, file_okay=False)],
+    repo_id: Annotated[str, typer.Option("--repo_id", help="ORGANIZATION/NAME on the Hub.")],
+    private: Annotated[bool, typer.Option("--private", help="Create a private repository.")] = False,
+    license: Annotated[str, typer.Option(help="Of the weights, as the Hub lists licences.")] = "apache-2.0",
+    dry_run: Annotated[Path | None, typer.Option("--dry_run", help="Write the folder here; upload nothing.")] = None,
+) -> None:
+    """Publishes a checkpoint as a Hub repository, with its code, its model card and an endpoint handler."""
+    model = _load_model(str(checkpoint))
+    if dry_run is not None:
+        hub.export(model, dry_run, repo_id=repo_id, checkpoint=checkpoint, license=license)
+        typer.echo(f"Written, not uploaded: {dry_run}")
+    else:
+        typer.echo(f"Published: {hub.publish(checkpoint, repo_id, private=private, license=license)}")
 
 
 def _load_model(path_or_repository: str) -> CtrlCscModel:

@@ -1,0 +1,125 @@
+"""The model card of a checkpoint, filled from what the checkpoint holds: no figure is typed by hand."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
+
+from .modeling_ctrl_csc import CtrlCscModel
+
+# An installed package has them beside this module, an editable one in the repository.
+MODEL_CARDS = next(
+    folder
+    for folder in (Path(__file__).parent / "model_cards", Path(__file__).parents[2] / "model_cards")
+    if folder.is_dir()
+)
+
+UTILITIES = {
+    "binary": "dR(Z, Zh) = R(Z u Zh) - R(Z)/2 - R(Zh)/2",
+    "multi": "dR(Z | y) + dR(Zh | y) + sum_k dR(Z_k, Zh_k)",
+    "unsupervised": "R(Z) + dR(Z, Zh)",
+}
+# Of metrics.json: its entry, the figure's name in the card, its metric type, how it is written.
+FIGURES = (
+    ("held_out_psnr", "PSNR, mean over images, dB", "psnr", "{:.2f}"),
+    ("held_out_match", "nearest-latent match", "nearest_latent_match", "{:.1%}"),
+    ("held_out_rate", "R(Z), nats", "coding_rate", "{:.2f}"),
+    ("held_out_rate_reduction", "dR(Z, Zh), nats", "rate_reduction", "{:.3f}"),
+)
+LICENCES = {
+    "ILSVRC/imagenet-1k": "for non-commercial research and education only, by the terms of ImageNet",
+    "uoft-cs/cifar10": "published without a licence, collected from the web",
+}
+BIASES = {
+    "ILSVRC/imagenet-1k": (
+        "ImageNet shows the objects and people that web search in English found around 2010, mostly in North America "
+        "and Europe, with known stereotypes among its categories of people; images unlike these come out worse."
+    ),
+    "uoft-cs/cifar10": (
+        "CIFAR-10 holds ten classes of animals and vehicles, small, centred and collected from the web in English; "
+        "faces, text and whatever else it lacks come out worse."
+    ),
+}
+OTHER_BIASES = "Images unlike the training data come out worse, and its biases are the model's."
+
+
+def model_card(
+    model: CtrlCscModel,
+    repo_id: str,
+    checkpoint: Path | None,
+    pictures: list[str],
+    license: str,
+    published: bool = True,
+) -> ModelCard:
+    """The card of a model.
+
+    Args:
+        model: what it describes.
+        repo_id: where the reader finds it.
+        checkpoint: a folder with what train.py recorded, training_args.json and metrics.json; either may lack.
+        pictures: paths in the repository: a grid of reconstructions first, then examples for the widget.
+        license: identifier of the weights' licence, as the Hub lists them.
+        published: False for a form that nobody has filled.
+    """
+    settings, metrics = (_read(checkpoint, name) for name in ("training_args.json", "metrics.json"))
+    dataset = settings.get("dataset_name") or "a local folder of images"
+    is_on_hub = dataset.count("/") == 1 and not dataset.startswith((".", "/"))
+    split = settings.get("validation_split") or settings.get("train_split")
+    results = [
+        (name, kind, form.format(metrics[key]), metrics[key]) for key, name, kind, form in FIGURES if key in metrics
+    ]
+    grid, examples = (pictures[0], pictures[1:]) if pictures else (None, [])
+    card_data = ModelCardData(
+        license=license,
+        library_name="transformers",
+        pipeline_tag="image-to-image",
+        datasets=[dataset] if is_on_hub else None,
+        tags=["ctrl-csc", "sparse-coding", "closed-loop-transcription", "rate-reduction", "autoencoder", "diffusers"],
+        model_name=repo_id.split("/")[-1],
+        eval_results=[
+            EvalResult(
+                task_type="image-to-image",
+                dataset_type=dataset,
+                dataset_name=dataset.split("/")[-1],
+                dataset_split=split,
+                metric_type=kind,
+                metric_name=name,
+                metric_value=value,
+            )
+            for name, kind, _, value in results
+        ]
+        if is_on_hub
+        else None,
+        widget=[{"src": path, "example_title": Path(path).stem} for path in examples] or None,
+    )
+    config = model.config
+    return ModelCard.from_template(
+        card_data,
+        template_str=(MODEL_CARDS / "template.md").read_text(),
+        model_name=card_data.model_name,
+        published=published,
+        repo_id=repo_id,
+        picture=grid,
+        image_size=config.image_size,
+        latent_dim=config.latent_dim,
+        num_stages=len(config.stage_channels),
+        num_iterations=config.num_iterations,
+        sparsity=config.sparsity,
+        stage_channels=", ".join(map(str, config.stage_channels)),
+        parameters=sum(parameter.numel() for parameter in model.parameters()),
+        objective=settings.get("objective", "binary"),
+        utility=UTILITIES[settings.get("objective", "binary")],
+        decoder_consistency=settings.get("decoder_consistency", "w_g"),
+        settings=settings,
+        dataset=f"`{dataset}`" if is_on_hub else dataset,
+        dataset_licence=LICENCES.get(dataset),
+        results=[(name, text) for name, _, text, _ in results],
+        results_on=f"held-out images of {dataset} ({split})",
+        biases=BIASES.get(dataset, OTHER_BIASES),
+    )
+
+
+def _read(checkpoint: Path | None, name: str) -> dict[str, Any]:
+    path = None if checkpoint is None else checkpoint / name
+    return json.loads(path.read_text()) if path is not None and path.is_file() else {}
