@@ -35,7 +35,7 @@ def checkpoint(tmp_path: Path) -> Path:
 
     folder = tmp_path / "checkpoint"
     (folder / "examples").mkdir(parents=True)
-    settings, _ = parse_settings(["--config", "cifar10_small"])
+    settings, _ = parse_settings(["--config", "cifar10_energy"])
     (folder / "training_args.json").write_text(json.dumps(asdict(settings)))
     (folder / "metrics.json").write_text(json.dumps(METRICS))
     for name in ("reconstructions.png", "examples/0.png", "examples/1.png"):
@@ -74,7 +74,7 @@ def test_the_metadata_are_documented_fields_and_figures_those_of_the_checkpoint(
 
 def test_the_text_tells_settings_results_and_limits(repository: Path) -> None:
     card = (repository / "README.md").read_text()
-    training = load_preset("cifar10_small")["training"]
+    training = load_preset("cifar10_energy")["training"]
     for expected in (
         "| PSNR, mean over images, dB | 17.12 |",
         "| nearest-latent match | 98.7% |",

@@ -54,9 +54,17 @@ def test_the_two_commands_are_the_first_thing_and_make_knows_them() -> None:
 
 
 def test_reconstruct_command_runs(folder: Path) -> None:
-    (command,) = (command for command in COMMANDS if command.startswith("ctrl-csc"))
+    (command,) = (command for command in COMMANDS if command.startswith("ctrl-csc reconstruct"))
     run(shlex.split(command), folder)
     assert (folder / "reconstruction.png").exists()
+
+
+def test_publish_command_runs_and_writes_what_would_be_uploaded(folder: Path) -> None:
+    (command,) = (command for command in COMMANDS if command.startswith("ctrl-csc publish"))
+    assert "Written, not uploaded: repository" in run(shlex.split(command), folder).stdout
+    card = (folder / "repository" / "README.md").read_text()
+    assert 'AutoModel.from_pretrained("org/ctrl-csc-digits", trust_remote_code=True)' in card
+    assert (folder / "repository" / "model.safetensors").is_file()
 
 
 @pytest.mark.parametrize(
@@ -99,7 +107,8 @@ def test_no_command_is_left_out() -> None:
     tested = (
         "make demo",
         "make test",
-        "ctrl-csc",
+        "ctrl-csc reconstruct",
+        "ctrl-csc publish",
         "accelerate launch training/train.py",
         "accelerate launch training/evaluate.py",
     )

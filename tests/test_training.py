@@ -272,7 +272,7 @@ def test_cifar10_streams_through_the_preset(train: Train, cifar10: str, tmp_path
     from train import main
 
     AcceleratorState._reset_state(reset_partial_state=True)
-    flags = ["--config", "cifar10_small", "--dataset_name", cifar10, "--image_column", "image", "--report_to", "none"]
+    flags = ["--config", "cifar10_energy", "--dataset_name", cifar10, "--image_column", "image", "--report_to", "none"]
     flags += ["--max_train_steps", "2", "--num_validation_images", "64", "--output_dir", str(tmp_path / "cifar10")]
     flags += ["--energy_warmup_steps", "2"]
     folder = main(*parse_settings([*flags, "--train_batch_size", "64"]))
