@@ -1,10 +1,12 @@
 """The command line, `ctrl-csc`."""
 
+import runpy
 from pathlib import Path
 from typing import Annotated
 
 import torch
 import typer
+from huggingface_hub import snapshot_download
 from PIL import Image, UnidentifiedImageError
 from transformers import AutoModel
 
@@ -13,6 +15,13 @@ from .image_processing_ctrl_csc import CtrlCscImageProcessor
 from .metrics import peak_signal_to_noise_ratio
 from .modeling_ctrl_csc import CtrlCscModel
 from .visualization import reconstruction_grid
+
+# An installed package has it beside this module, an editable one in the repository.
+SPACE = next(
+    folder
+    for folder in (Path(__file__).parent / "space", Path(__file__).parents[2] / "spaces" / "ctrl-csc")
+    if folder.is_dir()
+)
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
 
@@ -59,6 +68,21 @@ def publish(
         typer.echo(f"Written, not uploaded: {dry_run}")
     else:
         typer.echo(f"Published: {hub.publish(checkpoint, repo_id, private=private, license=license)}")
+
+
+@app.command()
+def demo(
+    model: Annotated[str, typer.Option(help="A folder that train.py wrote, or a Hub repository.")],
+    port: Annotated[int, typer.Option(help="Of the page, on this machine.")] = 7860,
+) -> None:
+    """Starts the page of the Space spaces/ctrl-csc on a model: reconstructions, codes, interpolation."""
+    from .pipeline_ctrl_csc import CtrlCscPipeline  # diffusers and gradio are of the extra `demo`
+
+    pipe = CtrlCscPipeline(_load_model(model), CtrlCscImageProcessor.from_pretrained(model))
+    folder = Path(model) if Path(model).is_dir() else Path(snapshot_download(model))
+    examples = sorted(str(path) for path in folder.glob("examples/*.png"))
+    page = runpy.run_path(str(SPACE / "app.py"))["build"](pipe, examples)
+    page.launch(server_name="127.0.0.1", server_port=port, max_file_size="10mb", allowed_paths=[str(folder)])
 
 
 def _load_model(path_or_repository: str) -> CtrlCscModel:
