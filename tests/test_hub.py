@@ -25,14 +25,17 @@ class Blocker:
 sys.meta_path.insert(0, Blocker())
 """
 DOORS = """
-import sys, torch
+import base64, io, os, sys, torch
+from huggingface_hub import snapshot_download
+from PIL import Image
 from transformers import AutoConfig, AutoModel
 from transformers.models.auto.image_processing_auto import AutoImageProcessor
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 from diffusers import DiffusionPipeline
 torch.set_num_threads(1)
-repo, images, output, keywords, doors = sys.argv[1:]
+repo, images, output, keywords, by_folder = sys.argv[1:]
 images, keywords = torch.load(images), eval(keywords)
+folder = repo if os.path.isdir(repo) else snapshot_download(repo, **keywords)
 REMOTE = {"trust_remote_code": True, **keywords}
 found = {}
 assert AutoConfig.from_pretrained(repo, **REMOTE).model_type == "ctrl_csc"
@@ -41,10 +44,9 @@ x = processor(images, return_tensors="pt").pixel_values
 with torch.no_grad():
     model = AutoModel.from_pretrained(repo, **REMOTE).eval()
     found["AutoModel"] = model(x).reconstruction
-    if "pipeline" in doors:
-        pipe = DiffusionPipeline.from_pretrained(repo, **REMOTE)
-        pixels = pipe(images, output_type="pt", return_latents=True)
-        found["pipeline"], found["latents"] = pixels.images * 2 - 1, pixels.latents
+    pipe = DiffusionPipeline.from_pretrained(folder if eval(by_folder) else repo, **REMOTE)
+    pixels = pipe(images, output_type="pt", return_latents=True)
+    found["pipeline"], found["pipeline latents"] = pixels.images * 2 - 1, pixels.latents
     halves = []
     for half in ("Encoder", "Decoder"):
         half_class = get_class_from_dynamic_module(f"model/modeling_ctrl_csc.CtrlCsc{half}", repo, **keywords)
@@ -52,6 +54,16 @@ with torch.no_grad():
         assert not any(report[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys")), report
         halves.append(loaded.eval())
     found["halves"] = halves[1](halves[0](x).latents).reconstruction
+sys.path.insert(0, folder)
+from handler import EndpointHandler
+handler = EndpointHandler(folder)
+buffers = [io.BytesIO() for _ in images]
+for image, buffer in zip(images, buffers):
+    Image.fromarray(image.permute(1, 2, 0).numpy()).save(buffer, "PNG")
+request = {"inputs": [base64.b64encode(buffer.getvalue()).decode() for buffer in buffers]}
+found["handler latents"] = torch.tensor(handler({**request, "parameters": {"task": "encode"}})["latents"])
+shown = [Image.open(io.BytesIO(base64.b64decode(image))) for image in handler(request)["images"]]
+assert [image.tobytes() for image in shown] == [image.tobytes() for image in pipe(images).images]
 assert "ctrl_csc_hf" not in sys.modules
 torch.save({"x": x, **found}, output)
 """
@@ -62,23 +74,16 @@ def images() -> torch.Tensor:
     return torch.randint(0, 256, (3, 3, 12, 10), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
 
 
-def open_all_doors(repo: str, tmp_path: Path, model: CtrlCscModel, environment: dict[str, str], **keywords) -> None:
-    """Opens them in a new process without the package, and compares with the model in this one."""
-    open_doors("pipeline", repo, tmp_path, model, environment, **keywords)
-
-
-def open_transformers_doors(
-    repo: str, tmp_path: Path, model: CtrlCscModel, environment: dict[str, str], **keywords
+def open_all_doors(
+    repo: str, tmp_path: Path, model: CtrlCscModel, environment: dict[str, str], by_folder: bool = False, **keywords
 ) -> None:
-    """Without DiffusionPipeline: offline, diffusers does not find custom code by a repository's name."""
-    open_doors("", repo, tmp_path, model, environment, **keywords)
+    """Opens them in a new process without the package, and compares with the model in this one.
 
-
-def open_doors(
-    doors: str, repo: str, tmp_path: Path, model: CtrlCscModel, environment: dict[str, str], **keywords
-) -> None:
+    by_folder: opens DiffusionPipeline from the downloaded folder; offline, diffusers does not find custom code by a
+        repository's name.
+    """
     torch.save(images(), tmp_path / "images.pt")
-    arguments = [repo, str(tmp_path / "images.pt"), str(tmp_path / "found.pt"), repr(keywords), doors]
+    arguments = [repo, str(tmp_path / "images.pt"), str(tmp_path / "found.pt"), repr(keywords), str(by_folder)]
     result = subprocess.run(
         [sys.executable, "-c", WITHOUT_THE_PACKAGE + DOORS, *arguments],
         env={**os.environ, "OMP_NUM_THREADS": "1", "HF_HOME": str(tmp_path / "cache"), **environment},
@@ -94,9 +99,9 @@ def open_doors(
     torch.set_num_threads(threads)
     for door in ("AutoModel", "halves"):
         assert torch.equal(found[door], expected.reconstruction), door
-    if doors:
-        assert torch.equal(found["latents"], expected.latents)
-        torch.testing.assert_close(found["pipeline"], expected.reconstruction, atol=1e-6, rtol=0)  # by way of [0, 1]
+    for door in ("pipeline latents", "handler latents"):
+        assert torch.equal(found[door], expected.latents), door
+    torch.testing.assert_close(found["pipeline"], expected.reconstruction, atol=1e-6, rtol=0)  # by way of [0, 1]
 
 
 @pytest.mark.parametrize(("shared", "normalization"), [(False, "batch_norm"), (True, "inverse")])
@@ -201,11 +206,11 @@ def test_what_is_published_opens_by_every_door_elsewhere_and_was_stored_and_fetc
         open_all_doors("org/name", tmp_path, model, server.environment(tmp_path / "cache"))
         assert server.count("GET", "model.safetensors") == 1
         offline = {**server.environment(tmp_path / "cache"), "HF_ENDPOINT": "http://127.0.0.1:9"}
-        open_transformers_doors("org/name", tmp_path, model, offline | {"HF_HUB_OFFLINE": "1"})
-        open_transformers_doors("org/name", tmp_path, model, offline, local_files_only=True)
+        open_all_doors("org/name", tmp_path, model, offline | {"HF_HUB_OFFLINE": "1"}, by_folder=True)
+        open_all_doors("org/name", tmp_path, model, offline, by_folder=True, local_files_only=True)
         elsewhere = str(tmp_path / "elsewhere")
         environment = server.environment(tmp_path / "other_cache")
-        open_transformers_doors("org/name", tmp_path, model, environment, revision=sha, cache_dir=elsewhere)
+        open_all_doors("org/name", tmp_path, model, environment, revision=sha, cache_dir=elsewhere)
         assert list((tmp_path / "elsewhere").glob("models--org--name/snapshots/*/model.safetensors"))
 
 

@@ -23,13 +23,14 @@ COMMANDS = [line for block in re.findall(r"```bash\n(.*?)```", README, re.DOTALL
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """What README's blocks find: the demo's model folder, and an image."""
+    """What README's blocks find: the demo's model folder with its examples, and another."""
     config = CtrlCscConfig(latent_dim=16, stage_channels=[8, 16, 16])
     for name in ("demo/model", "cifar10-small"):
         CtrlCscModel(config).save_pretrained(tmp_path / name)
         CtrlCscImageProcessor(image_size=32).save_pretrained(tmp_path / name)
-    pixels = np.random.default_rng(0).integers(0, 256, (40, 60, 3), dtype=np.uint8)
-    Image.fromarray(pixels).save(tmp_path / "digit.png")
+    (tmp_path / "demo" / "model" / "examples").mkdir()
+    for index, pixels in enumerate(np.random.default_rng(0).integers(0, 256, (4, 40, 60, 3), dtype=np.uint8)):
+        Image.fromarray(pixels).save(tmp_path / "demo" / "model" / "examples" / f"{index}.png")
     return tmp_path
 
 
@@ -109,6 +110,7 @@ def test_no_command_is_left_out() -> None:
         "make test",
         "ctrl-csc reconstruct",
         "ctrl-csc publish",
+        "ctrl-csc demo",
         "accelerate launch training/train.py",
         "accelerate launch training/evaluate.py",
     )

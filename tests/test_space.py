@@ -2,6 +2,7 @@
 
 import io
 import os
+import shlex
 import shutil
 import socket
 import subprocess
@@ -20,6 +21,7 @@ from PIL import Image
 from playwright.sync_api import Page, sync_playwright
 from test_halves import trained_model
 from test_hub import WITHOUT_THE_PACKAGE, publish
+from test_readme import COMMANDS
 
 from ctrl_csc_hf import CtrlCscImageProcessor, CtrlCscModel, CtrlCscPipeline
 
@@ -172,7 +174,7 @@ def test_an_uploaded_picture_is_reconstructed_looked_into_and_interpolated(
                 assert same(page, "between", frames[index]), index
 
 
-def test_the_demo_command_serves_a_local_folder_with_its_examples(
+def test_readmes_demo_command_serves_a_local_folder_with_its_examples(
     tmp_path: Path, browser_page: Page, photos: list[Path]
 ) -> None:
     model = trained_model(True, "inverse")
@@ -183,8 +185,9 @@ def test_the_demo_command_serves_a_local_folder_with_its_examples(
     for photo in photos:
         shutil.copy(photo, folder / "examples")
     port = free_port()
-    code = "import sys; from ctrl_csc_hf.cli import app; app(sys.argv[1:])"
-    command = [sys.executable, "-c", code, "demo", "--model", str(folder), "--port", str(port)]
+    (line,) = (line for line in COMMANDS if line.startswith("ctrl-csc demo"))
+    words = shlex.split(line.replace("demo/model", str(folder)))
+    command = [str(Path(sys.executable).parent / words[0]), *words[1:], "--port", str(port)]
     with serving(command, {"GRADIO_ANALYTICS_ENABLED": "0"}, port, tmp_path / "log") as address:
         browser_page.goto(address)
         browser_page.locator("button.gallery-item").nth(1).click()
