@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import TRAINING
 from hub_server import HubServer
 from safetensors.torch import load_file, save_file
 from test_halves import trained_model
@@ -229,6 +230,27 @@ def test_publishing_again_uploads_nothing_and_a_change_keeps_the_old_revision(tm
         assert server.files("org/name", first) == before
         changed = {path for path, content in server.files("org/name").items() if before[path] != content}
         assert changed == {"model.safetensors"}
+
+
+def test_train_publishes_what_it_trained(tiny_preset: Path, image_folder: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    paths = {
+        "config": tiny_preset,
+        "train_data_dir": image_folder,
+        "output_dir": folder,
+        "cache_dir": tmp_path / "data",
+    }
+    flags = [f"--{name}={path}" for name, path in paths.items()]
+    with HubServer() as server:
+        subprocess.run(
+            [sys.executable, str(TRAINING / "train.py"), *flags, "--push_to_hub", "--hub_model_id=org/trained"],
+            env={**os.environ, "OMP_NUM_THREADS": "1", **server.environment(tmp_path / "cache")},
+            check=True,
+        )
+        files = server.files("org/trained")
+    assert files["model.safetensors"] == (folder / "model.safetensors").read_bytes()
+    assert json.loads(files["metrics.json"])["step"] == 4
+    assert b"PSNR, mean over images" in files["README.md"]
 
 
 @pytest.mark.parametrize("moment", ["lfs", "commit"])

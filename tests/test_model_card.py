@@ -96,6 +96,18 @@ def test_a_checkpoint_without_records_has_a_card_without_figures(tmp_path: Path)
     assert "model-index" not in metadata(card) and "None are recorded." in card
 
 
+def test_folders_of_the_machine_that_trained_are_not_published(checkpoint: Path, tmp_path: Path) -> None:
+    written = json.loads((checkpoint / "training_args.json").read_text())
+    for key in ("dataset_name", "output_dir", "resume_from_checkpoint", "pretrained_model_name_or_path"):
+        written[key] = "/home/somebody/folder"
+    (checkpoint / "training_args.json").write_text(json.dumps(written))
+    folder = export(trained_model(False, "batch_norm"), tmp_path / "local", repo_id=REPOSITORY, checkpoint=checkpoint)
+    for path in folder.rglob("*"):
+        assert path.is_dir() or b"somebody" not in path.read_bytes(), path
+    assert json.loads((folder / "training_args.json").read_text())["energy_warmup_steps"] == 200
+    assert "Data set: a local folder of images." in (folder / "README.md").read_text()
+
+
 def test_every_python_block_of_a_card_runs(repository: Path, tmp_path: Path) -> None:
     blocks = re.findall(r"```python\n(.*?)```", (repository / "README.md").read_text(), re.DOTALL)
     assert len(blocks) == 4

@@ -2,11 +2,14 @@
 
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from diffusers import DiffusionPipeline
 from PIL import Image
+from transformers import AutoModel
 
 from ctrl_csc_hf import CtrlCscConfig, CtrlCscImageProcessor, CtrlCscModel, CtrlCscPipeline
 
@@ -146,10 +149,17 @@ def test_wrong_arguments_are_named(pipe: CtrlCscPipeline, call, message: str) ->
         call(pipe, pictures(1)[0])
 
 
-def test_saving_says_how_to_do_it(pipe: CtrlCscPipeline, tmp_path) -> None:
-    with pytest.raises(NotImplementedError, match=r"ctrl_csc_hf\.hub\.export"):
-        pipe.save_pretrained(tmp_path)
-    assert not list(tmp_path.iterdir())
+def test_what_is_saved_loads_as_a_pipeline_and_as_a_model_from_weights_stored_once(
+    pipe: CtrlCscPipeline, tmp_path: Path
+) -> None:
+    pipe.save_pretrained(tmp_path)
+    assert len(list(tmp_path.rglob("*.safetensors"))) == 1
+    image = pictures(1)[0]
+    expected = pipe(image, output_type="np").images
+    loaded = DiffusionPipeline.from_pretrained(tmp_path, trust_remote_code=True)
+    assert np.array_equal(loaded(image, output_type="np").images, expected)
+    model = AutoModel.from_pretrained(tmp_path).eval()
+    assert np.array_equal(CtrlCscPipeline(model, pipe.image_processor)(image, output_type="np").images, expected)
 
 
 def test_without_diffusers_the_pipeline_names_the_extra_and_the_rest_works() -> None:

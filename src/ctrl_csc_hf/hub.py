@@ -13,7 +13,7 @@ from typing import Any
 from huggingface_hub import HfApi
 
 from .image_processing_ctrl_csc import CtrlCscImageProcessor
-from .model_card import MODEL_CARDS, model_card
+from .model_card import MODEL_CARDS, model_card, public_settings
 from .modeling_ctrl_csc import CtrlCscModel
 
 PACKAGE = Path(__file__).parent
@@ -22,7 +22,7 @@ CODE = {  # where it lies in the repository; diffusers fetches a component's fol
     "image_processor": ("image_processing_ctrl_csc.py", "remote/load_image_processor.py"),
     ".": ("pipeline_ctrl_csc.py",),
 }
-RECORDS = ("metrics.json", "training_args.json", "training_curve.png")
+RECORDS = ("metrics.json", "training_curve.png")
 GRID = "reconstructions.png"
 MODEL_AUTO_MAP = {
     "AutoConfig": "model/configuration_ctrl_csc.CtrlCscConfig",
@@ -75,6 +75,8 @@ def export(
             if (checkpoint / name).is_file():
                 (folder / name).parent.mkdir(exist_ok=True)
                 shutil.copyfile(checkpoint / name, folder / name)
+        if settings := public_settings(checkpoint):
+            (folder / "training_args.json").write_text(json.dumps(settings, indent=2) + "\n")
     card = model_card(model, repo_id, checkpoint, pictures, license)
     (folder / "README.md").write_text(str(card))
     return folder

@@ -1,6 +1,7 @@
 """The model card of a checkpoint, filled from what the checkpoint holds: no figure is typed by hand."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +42,7 @@ BIASES = {
         "faces, text and whatever else it lacks come out worse."
     ),
 }
+LOCAL_FOLDERS = ("cache_dir", "logging_dir", "output_dir", "resume_from_checkpoint", "train_data_dir")
 OTHER_BIASES = "Images unlike the training data come out worse, and its biases are the model's."
 
 
@@ -62,9 +64,9 @@ def model_card(
         license: identifier of the weights' licence, as the Hub lists them.
         published: False for a form that nobody has filled.
     """
-    settings, metrics = (_read(checkpoint, name) for name in ("training_args.json", "metrics.json"))
-    dataset = settings.get("dataset_name") or "a local folder of images"
-    is_on_hub = dataset.count("/") == 1 and not dataset.startswith((".", "/"))
+    settings, metrics = public_settings(checkpoint), _read(checkpoint, "metrics.json")
+    is_on_hub = "dataset_name" in settings
+    dataset = settings.get("dataset_name", "a local folder of images")
     split = settings.get("validation_split") or settings.get("train_split")
     results = [
         (name, kind, form.format(metrics[key]), metrics[key]) for key, name, kind, form in FIGURES if key in metrics
@@ -118,6 +120,17 @@ def model_card(
         results_on=f"held-out images of {dataset} ({split})",
         biases=BIASES.get(dataset, OTHER_BIASES),
     )
+
+
+def public_settings(checkpoint: Path | None) -> dict[str, Any]:
+    """training_args.json less what names folders of the machine that trained; empty where there is none."""
+    settings = {
+        key: value for key, value in _read(checkpoint, "training_args.json").items() if key not in LOCAL_FOLDERS
+    }
+    for key in ("dataset_name", "pretrained_model_name_or_path"):
+        if not re.fullmatch(r"\w[\w.-]*(/[\w.-]+)?", settings.get(key) or ""):  # not the name of a Hub repository
+            settings.pop(key, None)
+    return settings
 
 
 def _read(checkpoint: Path | None, name: str) -> dict[str, Any]:

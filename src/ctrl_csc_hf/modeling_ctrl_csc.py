@@ -5,6 +5,7 @@ Dai et al., "Closed-Loop Transcription via Convolutional Sparse Coding", CPAL 20
     image x -> encoder f -> latents z, unit vectors -> decoder g -> reconstruction xh (-> f -> zh)
 """
 
+import importlib
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -381,6 +382,16 @@ class CtrlCscModel(CtrlCscPreTrainedModel):
     def decode(self, latents: Tensor) -> CtrlCscDecoderOutput:
         """Latents (n, latent_dim) -> reconstruction (n, num_channels, image_size, image_size) in [-1, 1]."""
         return self.decoder(latents)
+
+    def export(self, folder: str, **card: Any) -> None:
+        """Writes the folder of a Hub repository, as `ctrl_csc_hf.hub.export` says; that package must be installed.
+
+        Args:
+            folder: where to.
+            card: what the card tells, by that function's keywords.
+        """
+        # Not an import statement: this file also runs from a repository, where all that it imports must be.
+        importlib.import_module("ctrl_csc_hf.hub").export(self, folder, **card)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         """Moves or casts, and ties again: torch keeps a shared parameter shared, but not a shared buffer."""

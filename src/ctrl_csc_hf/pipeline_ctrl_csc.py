@@ -138,16 +138,12 @@ class CtrlCscPipeline(DiffusionPipeline):
                 raise ValueError(f"{name} must be one image, got {len(latents)}")
         return self.decode(great_circle(start, end, num_steps), output_type)
 
-    def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
-        """Not this way: diffusers would store the weights apart from what AutoModel loads.
+    def save_pretrained(self, save_directory: str) -> None:
+        """Writes a folder that DiffusionPipeline and AutoModel load, the weights in it once; see `CtrlCscModel.export`.
 
-        Raises:
-            NotImplementedError: always; it says what to do instead.
+        The package ctrl_csc_hf must be installed. `ctrl-csc publish` uploads.
         """
-        raise NotImplementedError(
-            "a CtrlCscPipeline is not saved by save_pretrained: ctrl_csc_hf.hub.export(pipe.model, folder) writes a "
-            "folder that DiffusionPipeline and AutoModel load"
-        )
+        self.model.export(save_directory)
 
     def _preprocess(self, image: Any) -> Tensor:
         pixel_values = self.image_processor(image, return_tensors="pt").pixel_values
