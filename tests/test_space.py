@@ -20,7 +20,7 @@ from hub_server import HubServer
 from PIL import Image
 from playwright.sync_api import Page, sync_playwright
 from test_halves import trained_model
-from test_hub import WITHOUT_THE_PACKAGE, publish
+from test_hub import WITHOUT_THE_PACKAGE, needs_downloaded_code, publish
 from test_readme import COMMANDS
 
 from ctrl_csc_hf import CtrlCscImageProcessor, CtrlCscModel, CtrlCscPipeline
@@ -127,6 +127,7 @@ def a_pipeline(model: CtrlCscModel) -> CtrlCscPipeline:
     return pipe
 
 
+@needs_downloaded_code
 def test_an_uploaded_picture_is_reconstructed_looked_into_and_interpolated(
     tmp_path: Path, browser_page: Page, photos: list[Path]
 ) -> None:

@@ -7,7 +7,7 @@ from diffusers.training_utils import EMAModel
 from torch import Tensor
 
 from ctrl_csc_hf import CtrlCscModel
-from ctrl_csc_hf.modeling_ctrl_csc import BatchNorm
+from ctrl_csc_hf.batch_norm import BatchNorm
 
 CALIBRATION_IMAGES = 2048
 

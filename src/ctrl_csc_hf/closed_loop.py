@@ -9,21 +9,24 @@ J is the utility (an objective of rate_reduction.py), S self-consistency, E the 
 the latents of augmented images. Dai et al., Entropy 24(4):456, 2022; Tong et al., CPAL 2024.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from .distributed import gather_for_all, num_processes, sum_for_all, sum_gradients, sum_over_processes
 from .modeling_ctrl_csc import CtrlCscModel
 from .rate_reduction import (
-    coding_rate,
     cosine_distance,
     multiclass_objective,
-    rate_reduction,
+    multiclass_objective_of_moments,
+    rates_of_moments,
+    rates_of_pair,
     sample_rate_reduction,
-    unsupervised_objective,
+    second_moments,
 )
 
 OBJECTIVES = ("binary", "multi", "unsupervised")
@@ -71,20 +74,49 @@ class ClosedLoopObjective:
         if self.objective == "multi" and not (self.num_classes and self.num_classes > 0):
             raise ValueError(f"num_classes must be a positive integer for objective='multi', got {self.num_classes!r}")
 
-    def utility(self, latents: Tensor, reconstructed: Tensor, labels: Tensor | None) -> Tensor:
-        """J(Z, Zh): latents z and zh (n, d), labels (n,) for "multi" -> scalar, in nats."""
-        if self.objective == "multi":
-            if labels is None or self.num_classes is None:
-                raise ValueError("labels must be given for objective='multi', got None")
-            return multiclass_objective(latents, reconstructed, labels, self.num_classes, distortion=self.distortion)
-        utility = rate_reduction if self.objective == "binary" else unsupervised_objective
-        return utility(latents, reconstructed, distortion=self.distortion)
+    def utility(
+        self, latents: Tensor, reconstructed: Tensor, labels: Tensor | None
+    ) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor]]:
+        """J(Z, Zh), and dR(Z, Zh), R(Z) and R(Zh) detached: scalars, in nats.
+
+        Over several processes, of the images of all. They exchange second moments, d^2 numbers a class, or the
+        features, d numbers an image, where "multi" has fewer of these.
+
+        Args:
+            latents, reconstructed: z and zh (n, d).
+            labels: (n,), for "multi".
+        """
+        if self.objective != "multi":
+            classes, labels = 1, torch.zeros(len(latents), dtype=torch.int64, device=latents.device)
+        elif labels is None or self.num_classes is None:
+            raise ValueError("labels must be given for objective='multi', got None")
+        else:
+            classes = self.num_classes
+        options = {"distortion": self.distortion}
+        counts = sum_over_processes(torch.bincount(labels, minlength=classes))
+        if num_processes() > 1 and (self.objective != "multi" or classes * latents.shape[1] <= counts.sum()):
+            sets = [second_moments(features, labels, classes) for features in (latents, reconstructed)]
+            moments = sum_for_all(torch.stack(sets))
+            rates = rates_of_moments(moments.sum(dim=1), counts.sum(), **options)
+            multi: Callable[[], Tensor] = partial(multiclass_objective_of_moments, moments, counts, **options)
+        else:
+            if num_processes() > 1:
+                latents, reconstructed, labels = (gather_for_all(rows) for rows in (latents, reconstructed, labels))
+            rates = rates_of_pair(latents, reconstructed, **options)
+            multi = partial(multiclass_objective, latents, reconstructed, labels, classes, **options)
+        reduction, rate, reconstructed_rate = rates
+        utilities: dict[str, Callable[[], Tensor]] = {
+            "binary": lambda: reduction,
+            "multi": multi,
+            "unsupervised": lambda: rate + reduction,
+        }
+        return utilities[self.objective](), (reduction.detach(), rate.detach(), reconstructed_rate.detach())
 
     def self_consistency(self, latents: Tensor, reconstructed: Tensor) -> Tensor:
-        """S: the mean over the batch, 0 where each zh_i points where z_i does."""
+        """S of each image (n,), 0 where zh_i points where z_i does; the losses take its mean over the batch."""
         if self.consistency == "cosine":
-            return cosine_distance(latents, reconstructed).mean()
-        return sample_rate_reduction(latents, reconstructed, distortion=self.distortion).mean()
+            return cosine_distance(latents, reconstructed)
+        return sample_rate_reduction(latents, reconstructed, distortion=self.distortion)
 
 
 @dataclass
@@ -102,6 +134,9 @@ class ClosedLoopFigures:
 
 class ClosedLoop:
     """Plays the game, one step a call.
+
+    Where torch.distributed is in use, each process gives its part of the batch, of any size above 0, and all of them
+    end with the weights of one process with the whole batch. The model is not to be wrapped.
 
     Args:
         model: the two players.
@@ -141,6 +176,7 @@ class ClosedLoop:
         self.optimizers = (encoder_optimizer, decoder_optimizer)
         self.play = play
         self.reuse_statistics = reconstruction_statistics == "images"
+        model.share_statistics(sum_over_processes if num_processes() > 1 else None)
 
     def step(
         self, pixel_values: Tensor, labels: Tensor | None = None, augmented: Tensor | None = None
@@ -185,20 +221,21 @@ class ClosedLoop:
         second_input = xh.detach().requires_grad_(decoder_plays)
         zh = encoder(second_input, update_statistics=False, reuse_statistics=self.reuse_statistics).latents
 
-        utility = objective.utility(z, zh, labels)
-        consistency = objective.self_consistency(z, zh)
+        count = sum_over_processes(torch.tensor(len(z), device=z.device))
+        utility, rates = objective.utility(z, zh, labels)
+        consistency = objective.self_consistency(z, zh).sum() / count
         encoder_loss = -utility + objective.encoder_consistency * consistency
         decoder_loss = utility + objective.decoder_consistency * consistency
         if encoder_plays and objective.energy:
-            encoder_loss = encoder_loss + objective.energy * encoded.energy.mean()
+            encoder_loss = encoder_loss + objective.energy * encoded.energy.sum() / count
         if encoder_plays and objective.augmentation_consistency:
             if augmented is None:
                 raise ValueError("augmented must be given where augmentation_consistency is above 0, got None")
             z_augmented = encoder(augmented, update_statistics=False).latents
-            encoder_loss = encoder_loss + objective.augmentation_consistency * objective.self_consistency(
-                z, z_augmented
-            )
-        for name, loss in (("encoder", encoder_loss), ("decoder", decoder_loss)):
+            apart = objective.self_consistency(z, z_augmented).sum() / count
+            encoder_loss = encoder_loss + objective.augmentation_consistency * apart
+        figures = self._figures(pixel_values, xh, utility, rates, consistency, encoder_loss, decoder_loss, count)
+        for name, loss in (("encoder", figures.encoder_loss), ("decoder", figures.decoder_loss)):
             if not torch.isfinite(loss):
                 raise FloatingPointError(f"the {name}'s loss is {loss.item()}")
 
@@ -213,9 +250,10 @@ class ClosedLoop:
                 encoder_loss.backward(inputs=[p for p in encoder.parameters() if p.requires_grad])
             if decoder_plays:
                 xh.backward(xh_gradient)
-        return self._figures(pixel_values, xh, z, zh, consistency, encoder_loss, decoder_loss)
+        return figures
 
     def _apply_gradients(self) -> None:
+        sum_gradients([p for optimizer in self.optimizers for group in optimizer.param_groups for p in group["params"]])
         for optimizer in self.optimizers:  # a parameter without gradient stays, its moments too
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
@@ -226,23 +264,20 @@ class ClosedLoop:
         self,
         x: Tensor,
         xh: Tensor,
-        z: Tensor,
-        zh: Tensor,
+        utility: Tensor,
+        rates: tuple[Tensor, Tensor, Tensor],
         consistency: Tensor,
         encoder_loss: Tensor,
         decoder_loss: Tensor,
+        count: Tensor,
     ) -> ClosedLoopFigures:
-        distortion = self.objective.distortion
-        squared_error = (x - xh).float().square().flatten(1).mean(dim=1)
-        return ClosedLoopFigures(
-            rate_reduction=rate_reduction(z, zh, distortion=distortion),
-            rate=coding_rate(z, distortion=distortion),
-            reconstructed_rate=coding_rate(zh, distortion=distortion),
-            consistency=consistency.detach(),
-            psnr=(10 * torch.log10(4 / squared_error)).mean(),
-            encoder_loss=encoder_loss.detach(),
-            decoder_loss=decoder_loss.detach(),
-        )
+        error = x - xh
+        squared_error = error.to(torch.promote_types(error.dtype, torch.float32)).square().flatten(1).mean(dim=1)
+        psnr = (10 * torch.log10(4 / squared_error)).sum() / count
+        # Of the losses, the utility is every process's whole, the rest this process's part.
+        parts = torch.stack([consistency, psnr, encoder_loss + utility, decoder_loss - utility])
+        consistency, psnr, encoder_rest, decoder_rest = sum_over_processes(parts)
+        return ClosedLoopFigures(*rates, consistency, psnr, encoder_rest - utility, decoder_rest + utility)
 
 
 def player_parameters(model: CtrlCscModel) -> tuple[list[nn.Parameter], list[nn.Parameter]]:

@@ -18,7 +18,13 @@ from .modeling_ctrl_csc import CtrlCscModel
 
 PACKAGE = Path(__file__).parent
 CODE = {  # where it lies in the repository; diffusers fetches a component's folder, and the pipeline from the root
-    "model": ("configuration_ctrl_csc.py", "sparse_coding.py", "modeling_ctrl_csc.py", "remote/load_model.py"),
+    "model": (
+        "configuration_ctrl_csc.py",
+        "sparse_coding.py",
+        "batch_norm.py",
+        "modeling_ctrl_csc.py",
+        "remote/load_model.py",
+    ),
     "image_processor": ("image_processing_ctrl_csc.py", "remote/load_image_processor.py"),
     ".": ("pipeline_ctrl_csc.py",),
 }

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
+from .batch_norm import BatchNorm
 from .configuration_ctrl_csc import CtrlCscConfig
 from .sparse_coding import ConvolutionalDictionary, ConvolutionalSparseCoding
 
@@ -66,50 +67,6 @@ class CtrlCscModelOutput(ModelOutput):
     codes: tuple[Tensor, ...] | None = None
 
 
-class BatchNorm(nn.Module):
-    """Batch norm (n, channels, h, w) that leaves its running statistics alone where asked to, and can be inverted."""
-
-    running_mean: Tensor
-    running_var: Tensor
-    batch_statistics: tuple[Tensor, Tensor] | None = None  # mean and variance of the last batch, in training
-    eps = 1e-5
-
-    def __init__(self, channels: int) -> None:
-        super().__init__()
-        self.momentum = 0.1
-        self.weight = nn.Parameter(torch.ones(channels))
-        self.bias = nn.Parameter(torch.zeros(channels))
-        self.register_buffer("running_mean", torch.zeros(channels))
-        self.register_buffer("running_var", torch.ones(channels))
-
-    def reset_parameters(self) -> None:
-        nn.init.ones_(self.weight)
-        nn.init.zeros_(self.bias)
-        nn.init.zeros_(self.running_mean)
-        nn.init.ones_(self.running_var)
-
-    def forward(
-        self, codes: Tensor, update_statistics: bool, statistics: tuple[Tensor, Tensor] | None = None
-    ) -> Tensor:
-        """Normalises by the running statistics; in training by `statistics` (mean, variance), else by the batch's."""
-        mean, variance = self.running_mean, self.running_var
-        own = self.training and statistics is None
-        if statistics is not None:
-            mean, variance = statistics
-        elif self.training:
-            var_mean = torch.var_mean(codes.detach().to(variance.dtype), dim=(0, 2, 3), correction=0)
-            self.batch_statistics = (var_mean[1], var_mean[0])
-            if not update_statistics:
-                mean, variance = mean.clone(), variance.clone()
-        return F.batch_norm(codes, mean, variance, self.weight, self.bias, own, self.momentum, self.eps)
-
-    def inverse(self, signal: Tensor) -> Tensor:
-        """Undoes the affine map and the normalisation, with the running statistics as constants."""
-        scale = (self.running_var + self.eps).sqrt() / self.weight
-        shift = self.running_mean - self.bias * scale
-        return signal * scale[:, None, None] + shift[:, None, None]
-
-
 class CtrlCscPreTrainedModel(PreTrainedModel):
     config_class = CtrlCscConfig
     main_input_name = "pixel_values"
@@ -153,6 +110,16 @@ class CtrlCscPreTrainedModel(PreTrainedModel):
             for module in self.modules():
                 if isinstance(module, BatchNorm):
                     module.weight.clamp_(min=SMALLEST_GAMMA)
+
+    def share_statistics(self, sum_over_processes: Callable[[Tensor], Tensor] | None) -> None:
+        """Makes every batch, in training, a part of one that lies on several processes; None ends it.
+
+        Args:
+            sum_over_processes: adds a tensor up over the processes, in place, and returns it.
+        """
+        for module in self.modules():
+            if isinstance(module, BatchNorm | CtrlCscEncoder):
+                module.sum_over_processes = sum_over_processes
 
     def _init_weights(self, module: nn.Module) -> None:
         if isinstance(module, ConvolutionalDictionary | BatchNorm):
@@ -207,6 +174,7 @@ class CtrlCscEncoder(CtrlCscPreTrainedModel):
 
     base_model_prefix = "encoder"
     latent_norm_momentum = 0.1  # as the batch norms'
+    sum_over_processes: Callable[[Tensor], Tensor] | None = None  # as the batch norms'
     _keys_to_ignore_on_load_unexpected = [r"^decoder\."]
 
     def __init__(self, config: CtrlCscConfig) -> None:
@@ -271,7 +239,11 @@ class CtrlCscEncoder(CtrlCscPreTrainedModel):
         latents = vector.flatten(1)
         length = (latents.square().sum(dim=1, keepdim=True) + LATENT_EPS).sqrt()
         if self.training and update_statistics:
-            self.latent_norm.lerp_(length.detach().mean().to(self.latent_norm.dtype), self.latent_norm_momentum)
+            lengths = length.detach().to(self.latent_norm.dtype)
+            sums = torch.stack([lengths.sum(), lengths.new_tensor(len(lengths))])
+            if self.sum_over_processes is not None:
+                sums = self.sum_over_processes(sums)
+            self.latent_norm.lerp_(sums[0] / sums[1], self.latent_norm_momentum)
         return CtrlCscEncoderOutput(
             latents=latents / length,
             codes=all_codes if output_codes else None,

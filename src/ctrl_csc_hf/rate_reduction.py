@@ -35,10 +35,7 @@ def rate_reduction(features: Tensor, reconstructed: Tensor, *, distortion: float
     Raises:
         ValueError: for shapes that differ or are not (n, d), or a distortion that is not positive.
     """
-    _check_pair(features, reconstructed, distortion)
-    union = torch.cat([features, reconstructed])
-    parts = coding_rate(features, distortion=distortion) + coding_rate(reconstructed, distortion=distortion)
-    return coding_rate(union, distortion=distortion) - parts / 2
+    return rates_of_pair(features, reconstructed, distortion=distortion)[0]
 
 
 def class_rate_reduction(features: Tensor, labels: Tensor, num_classes: int, *, distortion: float = 0.5) -> Tensor:
@@ -95,6 +92,41 @@ def unsupervised_objective(features: Tensor, reconstructed: Tensor, *, distortio
     return coding_rate(features, distortion=distortion) + rate_reduction(features, reconstructed, distortion=distortion)
 
 
+def rates_of_pair(features: Tensor, reconstructed: Tensor, *, distortion: float = 0.5) -> tuple[Tensor, Tensor, Tensor]:
+    """dR(Z, Zh), R(Z) and R(Zh), in nats; arguments and errors as `rate_reduction`."""
+    _check_pair(features, reconstructed, distortion)
+    rate, reconstructed_rate = (coding_rate(z, distortion=distortion) for z in (features, reconstructed))
+    union = coding_rate(torch.cat([features, reconstructed]), distortion=distortion)
+    return union - (rate + reconstructed_rate) / 2, rate, reconstructed_rate
+
+
+# The same from second moments, which add up over the parts of a batch.
+
+
+def second_moments(features: Tensor, labels: Tensor, num_classes: int) -> Tensor:
+    """Z_k^T Z_k of each class k: (n, d), (n,) -> (K, d, d); errors as `class_rate_reduction`."""
+    _check_labels(features, labels, num_classes)
+    with torch.autocast(features.device.type, enabled=False):
+        by_class, _ = _group_by_class(_exact(features), labels, num_classes)
+        return by_class.mT @ by_class
+
+
+def rates_of_moments(moments: Tensor, count: Tensor, *, distortion: float = 0.5) -> tuple[Tensor, Tensor, Tensor]:
+    """`rates_of_pair` from the second moments of Z and Zh (2, d, d) and their number of rows."""
+    sets = torch.cat([moments, moments.sum(dim=0, keepdim=True)])
+    rate, reconstructed_rate, union = _rates_of_grams(sets, count * count.new_tensor([1, 1, 2]), distortion)
+    return union - (rate + reconstructed_rate) / 2, rate, reconstructed_rate
+
+
+def multiclass_objective_of_moments(moments: Tensor, counts: Tensor, *, distortion: float = 0.5) -> Tensor:
+    """`multiclass_objective` from the second moments of Z and Zh by class (2, K, d, d) and the classes' sizes (K,)."""
+    _, rate, reconstructed_rate = rates_of_moments(moments.sum(dim=1), counts.sum(), distortion=distortion)
+    rates_z, rates_zh = (_rates_of_grams(part, counts, distortion) for part in moments)
+    rates_union = _rates_of_grams(moments.sum(dim=0), 2 * counts, distortion)
+    within = (counts / counts.sum() * (rates_z + rates_zh)).sum()
+    return rate + reconstructed_rate - within + (rates_union - rates_z / 2 - rates_zh / 2).sum()
+
+
 def cosine_distance(features: Tensor, reconstructed: Tensor) -> Tensor:
     """1 - cos(z_i, zh_i): (n, d), (n, d) -> (n,)."""
     return 1 - torch.nn.functional.cosine_similarity(_exact(features), _exact(reconstructed), dim=1)
@@ -120,10 +152,16 @@ def _coding_rates(sets: Tensor, counts: Tensor, distortion: float) -> Tensor:
         rows, dim = sets.shape[1:]
         # I + alpha Z Z^T has the determinant of I + alpha Z^T Z; the smaller one is cheaper.
         gram = sets @ sets.mT if rows < dim else sets.mT @ sets
-        alpha = dim / (counts.clamp(min=1).to(sets.dtype) * distortion)
-        identity = torch.eye(gram.shape[-1], dtype=sets.dtype, device=sets.device)
+        return _rates_of_grams(gram, counts, distortion, dim)
+
+
+def _rates_of_grams(grams: Tensor, counts: Tensor, distortion: float, dim: int | None = None) -> Tensor:
+    """R of sets of `counts` (K,) rows, from each one's Z^T Z (K, d, d), or Z Z^T with d as `dim` -> (K,)."""
+    with torch.autocast(grams.device.type, enabled=False):
+        alpha = (dim or grams.shape[-1]) / (counts.clamp(min=1).to(grams.dtype) * distortion)
+        identity = torch.eye(grams.shape[-1], dtype=grams.dtype, device=grams.device)
         # The variant that does not raise: NaN in, NaN out, and no wait for a GPU's answer.
-        factor, _ = torch.linalg.cholesky_ex(identity + alpha[:, None, None] * gram)
+        factor, _ = torch.linalg.cholesky_ex(identity + alpha[:, None, None] * grams)
         return factor.diagonal(dim1=-2, dim2=-1).log().sum(dim=-1)
 
 
