@@ -25,7 +25,7 @@ COMMANDS = [line for block in re.findall(r"```bash\n(.*?)```", README, re.DOTALL
 def folder(tmp_path: Path) -> Path:
     """What README's blocks find: the demo's model folder with its examples, and another."""
     config = CtrlCscConfig(latent_dim=16, stage_channels=[8, 16, 16])
-    for name in ("demo/model", "cifar10-small"):
+    for name in ("demo/model", "cifar10-energy"):
         CtrlCscModel(config).save_pretrained(tmp_path / name)
         CtrlCscImageProcessor(image_size=32).save_pretrained(tmp_path / name)
     (tmp_path / "demo" / "model" / "examples").mkdir()

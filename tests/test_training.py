@@ -80,6 +80,46 @@ def test_a_resumed_run_ends_with_the_weights_of_one_that_never_stopped(train: Tr
         assert torch.equal(first[name], second[name]), name
 
 
+def test_gradient_accumulation_is_refused_with_the_reason(train: Train, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "2")
+    with pytest.raises(
+        ValueError, match=r"must be 1, got 2: neither coding rates nor batch norms .* means over its parts"
+    ):
+        train()
+
+
+def test_two_processes_train_one_model_and_resume_where_each_of_them_stood(
+    tiny_preset: Path, image_folder: Path, tmp_path: Path
+) -> None:
+    def run(output: str, *flags: str, use_cpu: str = "1") -> Path:
+        torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+        paths = {"config": tiny_preset, "train_data_dir": image_folder, "cache_dir": tmp_path / "cache"}
+        arguments = [f"--{name}={path}" for name, path in paths.items()] + [f"--output_dir={tmp_path / output}", *flags]
+        result = subprocess.run(
+            [*torchrun, str(TRAINING / "train.py"), *arguments],
+            env={**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": use_cpu},
+            capture_output=True,
+            text=True,
+        )
+        assert result.returncode == 0, result.stderr
+        return tmp_path / output
+
+    with pytest.raises(AssertionError, match="2 processes were launched, but accelerate runs 1"):
+        run("alone", use_cpu="0")
+    flags = ("--max_train_steps=6", "--energy_warmup_steps=2", "--reconstruction_statistics=images")
+    whole = run("whole", *flags, "--checkpoints_total_limit=5")
+    (history,) = [
+        state
+        for path in (whole / "checkpoint-6").glob("custom_checkpoint_*.pkl")
+        if "places" in (state := torch.load(path, weights_only=False))
+    ]
+    assert len(history["places"]) == 2  # there were two
+    resumed = run("resumed", *flags, f"--resume_from_checkpoint={whole / 'checkpoint-2'}")
+    first, second = (load_file(folder / "model.safetensors") for folder in (whole, resumed))
+    for name in first:
+        assert torch.equal(first[name], second[name]), name
+
+
 def test_old_checkpoints_are_removed_beyond_the_limit(train: Train) -> None:
     folder = train("--max_train_steps", "6", "--checkpoints_total_limit", "1")
     assert [path.name for path in folder.glob("*checkpoint-*")] == ["checkpoint-6"]

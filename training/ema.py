@@ -28,8 +28,12 @@ def averaged_model(model: CtrlCscModel, ema: EMAModel, images: Tensor, batch_siz
 
 @torch.no_grad()
 def recompute_statistics(model: CtrlCscModel, images: Tensor, batch_size: int) -> None:
-    """Sets the running statistics of every batch norm to the means over the batches of `images`."""
-    was_training = model.training
+    """Sets the running statistics of every batch norm to the means over the batches of `images`.
+
+    Each process does it by itself, with the same images.
+    """
+    was_training, sum_over_processes = model.training, model.encoder.sum_over_processes
+    model.share_statistics(None)
     model.train()
     norms = [module for module in model.modules() if isinstance(module, BatchNorm)]
     momenta = [norm.momentum for norm in norms]
@@ -42,3 +46,4 @@ def recompute_statistics(model: CtrlCscModel, images: Tensor, batch_size: int) -
         norm.momentum = momentum
     model.encoder.latent_norm_momentum = type(model.encoder).latent_norm_momentum
     model.train(was_training)
+    model.share_statistics(sum_over_processes)

@@ -10,12 +10,14 @@ from pathlib import Path
 from typing import Any, Self
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
+from accelerate.utils import gather_object
 from data import ImageStream
 from torch import Tensor
 from torch.utils.data import DataLoader
 
 from ctrl_csc_hf import CtrlCscImageProcessor, CtrlCscModel
+from ctrl_csc_hf.distributed import sum_over_processes
 from ctrl_csc_hf.metrics import nearest_latent_match, peak_signal_to_noise_ratio
 from ctrl_csc_hf.rate_reduction import coding_rate, rate_reduction
 from ctrl_csc_hf.visualization import reconstruction_grid, training_curves
@@ -25,27 +27,45 @@ EXAMPLES = 4  # held-out images kept as files, for the widget of a published mod
 
 
 class History:
-    """Where a run stands, and what it logged. A checkpoint holds it."""
+    """Where a run stands, and what it logged. A checkpoint holds it, with each process's place in its own images."""
 
     def __init__(self) -> None:
         self.step = 0
-        self.epoch = 0
-        self.batch = 0  # in this epoch
-        self.unreadable = 0  # images skipped so far
+        self.place = {"epoch": 0, "batch": 0, "unreadable": 0}  # batches of this epoch, images skipped so far
+        self.places = [self.place]  # of all processes, when last gathered
         self.records: list[dict[str, float]] = []
 
     def record(self, **figures: float) -> None:
         self.records.append({"step": self.step, **figures})
 
+    def gather_places(self) -> None:
+        """On all processes at once."""
+        self.places = gather_object([dict(self.place)])
+
+    @property
+    def unreadable(self) -> int:
+        """Images that were skipped, by all processes when last gathered."""
+        return sum(place["unreadable"] for place in self.places)
+
     def state_dict(self) -> dict[str, Any]:
-        return vars(self)
+        return {"step": self.step, "places": self.places, "records": self.records}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        processes = PartialState()
+        if len(state["places"]) != processes.num_processes:
+            raise ValueError(
+                f"a run of {len(state['places'])} processes must be resumed by as many, got {processes.num_processes}"
+            )
         vars(self).update(state)
+        self.place = dict(self.places[processes.process_index])
 
 
 class CatchInterrupt:
     """Turns the first Ctrl-C into a request, which the run answers between two steps; the second one stops at once."""
+
+    def seen(self) -> bool:
+        """Whether any process was asked to stop; on all processes at once."""
+        return bool(sum_over_processes(torch.tensor(self.requested, device=PartialState().device, dtype=torch.int32)))
 
     def __enter__(self) -> Self:
         self.requested = False
@@ -63,24 +83,32 @@ class CatchInterrupt:
 def endless_batches(loader: DataLoader, stream: ImageStream, history: History) -> Iterator[dict[str, Any]]:
     """Batches, epoch after epoch, from where `history` stands."""
     while True:
-        stream.set_epoch(history.epoch)
-        for batch in itertools.islice(loader, history.batch, None):
-            history.batch += 1
-            history.unreadable += batch["unreadable"]
+        stream.set_epoch(history.place["epoch"])
+        for batch in itertools.islice(loader, history.place["batch"], None):
+            history.place["batch"] += 1
+            history.place["unreadable"] += batch["unreadable"]
             yield batch
-        history.epoch, history.batch = history.epoch + 1, 0
+        history.place |= {"epoch": history.place["epoch"] + 1, "batch": 0}
 
 
-def save_checkpoint(accelerator: Accelerator, output_dir: Path, step: int, limit: int | None) -> Path:
-    """Writes output_dir/checkpoint-STEP under a temporary name first, then removes the oldest beyond `limit`."""
-    folder = output_dir / f"checkpoint-{step}"
-    unfinished = output_dir / f".checkpoint-{step}.unfinished"
-    shutil.rmtree(unfinished, ignore_errors=True)
+def save_checkpoint(accelerator: Accelerator, output_dir: Path, history: History, limit: int | None) -> Path:
+    """Writes output_dir/checkpoint-STEP under a temporary name first, then removes the oldest beyond `limit`.
+
+    On all processes at once; they share the file system.
+    """
+    folder = output_dir / f"checkpoint-{history.step}"
+    unfinished = output_dir / f".checkpoint-{history.step}.unfinished"
+    if accelerator.is_main_process:
+        shutil.rmtree(unfinished, ignore_errors=True)
+    history.gather_places()
+    accelerator.wait_for_everyone()
     accelerator.save_state(str(unfinished))
-    shutil.rmtree(folder, ignore_errors=True)
-    os.replace(unfinished, folder)
-    for old in checkpoints(output_dir)[: -limit if limit else 0]:
-        shutil.rmtree(old)
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        shutil.rmtree(folder, ignore_errors=True)
+        os.replace(unfinished, folder)
+        for old in checkpoints(output_dir)[: -limit if limit else 0]:
+            shutil.rmtree(old)
     return folder
 
 

@@ -5,6 +5,7 @@ run.py what a run keeps. `--help` lists the settings.
 """
 
 import logging
+import os
 import sys
 from dataclasses import asdict
 from pathlib import Path
@@ -47,10 +48,19 @@ def main(settings: TrainingSettings, config: CtrlCscConfig) -> Path:
         log_with=None if settings.report_to == "none" else settings.report_to,
         project_config=ProjectConfiguration(str(output_dir), str(output_dir / settings.logging_dir)),
     )
-    if accelerator.num_processes > 1:
-        raise ValueError(f"training runs in one process so far, got {accelerator.num_processes} processes")
+    launched = int(os.environ.get("WORLD_SIZE", "1"))
+    if launched != accelerator.num_processes:
+        raise ValueError(
+            f"{launched} processes were launched, but accelerate runs {accelerator.num_processes}: on a machine "
+            "without an accelerator it needs ACCELERATE_USE_CPU=1"
+        )
+    if accelerator.gradient_accumulation_steps > 1:
+        raise ValueError(
+            f"gradient_accumulation_steps must be 1, got {accelerator.gradient_accumulation_steps}: neither coding "
+            "rates nor batch norms of a batch are means over its parts; take more processes instead"
+        )
     output_dir.mkdir(parents=True, exist_ok=True)
-    set_seed(settings.seed)
+    set_seed(settings.seed)  # the same weights on all processes
 
     # Players f and g
     if settings.pretrained_model_name_or_path:
@@ -58,8 +68,11 @@ def main(settings: TrainingSettings, config: CtrlCscConfig) -> Path:
     else:
         model = CtrlCscModel(config)
 
-    # Images x
-    stream, held_out, calibration, num_classes = load_data(settings, model.config)
+    # Images x, each process its own
+    set_seed(settings.seed, device_specific=True)
+    stream, held_out, calibration, num_classes = load_data(
+        settings, model.config, accelerator.process_index, accelerator.num_processes
+    )
     loader = build_dataloader(
         stream,
         batch_size=settings.train_batch_size,
@@ -124,8 +137,8 @@ def main(settings: TrainingSettings, config: CtrlCscConfig) -> Path:
         with CatchInterrupt() as interrupt:
             images = (on_device(batch["pixel_values"]) for batch in batches)
             steps, learning_rate = settings.energy_warmup_steps, settings.energy_warmup_learning_rate
-            learn_dictionaries(model, images, steps, learning_rate, lambda: interrupt.requested)
-        if interrupt.requested:
+            stopped = not learn_dictionaries(model, images, steps, learning_rate, interrupt.seen)
+        if stopped:
             sys.exit("Interrupted before the first step of the game; there is no checkpoint to go on from")
         recompute_statistics(model, calibration, settings.train_batch_size)
         invert_encoder(model, on_device(calibration))
@@ -133,11 +146,15 @@ def main(settings: TrainingSettings, config: CtrlCscConfig) -> Path:
             ema.step(model.parameters())  # the first one copies
 
     # The game
-    progress = tqdm(total=settings.max_train_steps, initial=history.step, desc="training", smoothing=0.05)
-    if history.step == 0:
+    progress = tqdm(
+        total=settings.max_train_steps, initial=history.step, desc="training", smoothing=0.05,
+        disable=not accelerator.is_main_process,
+    )  # fmt: skip
+    if history.step == 0 and accelerator.is_main_process:
         evaluate()
+    interrupted = False
     with CatchInterrupt() as interrupt:
-        while history.step < settings.max_train_steps and not interrupt.requested:
+        while history.step < settings.max_train_steps and not (interrupted := interrupt.seen()):
             batch = next(batches)
             pixel_values = on_device(batch["pixel_values"])
             labels = batch["labels"].to(accelerator.device) if "labels" in batch else None
@@ -157,44 +174,47 @@ def main(settings: TrainingSettings, config: CtrlCscConfig) -> Path:
 
             shown = {name: value.item() for name, value in vars(figures).items()}
             progress.update()
-            images_per_second = len(pixel_values) * (progress.format_dict["rate"] or 0)
+            unreadable = history.place["unreadable"]  # of this process
+            images_per_second = len(pixel_values) * accelerator.num_processes * (progress.format_dict["rate"] or 0)
             progress.set_postfix_str(
                 f"dR {shown['rate_reduction']:.2f}, R(Z) {shown['rate']:.1f}, R(Zh) {shown['reconstructed_rate']:.1f}, "
                 f"PSNR {shown['psnr']:.1f} dB, {images_per_second:.0f} images/s"
-                + (f", {history.unreadable} unreadable" if history.unreadable else "")
+                + (f", {unreadable} unreadable" if unreadable else "")
             )
             if history.step % settings.logging_steps == 0:
                 history.record(**shown)
                 accelerator.log(
-                    {**shown, "images_per_second": images_per_second, "unreadable": history.unreadable},
+                    {**shown, "images_per_second": images_per_second, "unreadable": unreadable},
                     step=history.step,
                 )
-            if history.step % settings.validation_steps == 0 and history.step < settings.max_train_steps:
+            is_due = history.step % settings.validation_steps == 0 and history.step < settings.max_train_steps
+            if is_due and accelerator.is_main_process:
                 evaluate()
             if history.step % settings.checkpointing_steps == 0:
-                save_checkpoint(accelerator, output_dir, history.step, settings.checkpoints_total_limit)
+                save_checkpoint(accelerator, output_dir, history, settings.checkpoints_total_limit)
 
-    if interrupt.requested:
-        checkpoint = save_checkpoint(accelerator, output_dir, history.step, settings.checkpoints_total_limit)
+    if interrupted:
+        checkpoint = save_checkpoint(accelerator, output_dir, history, settings.checkpoints_total_limit)
         progress.close()
         accelerator.end_training()
         sys.exit(f"Interrupted; go on with --resume_from_checkpoint {checkpoint}")
 
-    trained = evaluate()
+    history.gather_places()
     progress.close()
-    save_model(trained, output_dir, history, asdict(settings), held_out)
-    if history.unreadable:
-        accelerator.print(f"{history.unreadable} unreadable images were skipped")
-    accelerator.print(f"Model, image processor and metrics.json are in {output_dir}")
-    if settings.push_to_hub:
-        repo_id = settings.hub_model_id or output_dir.resolve().name
-        accelerator.print(f"Published as {publish(output_dir, repo_id)}")
+    if accelerator.is_main_process:
+        save_model(evaluate(), output_dir, history, asdict(settings), held_out)
+        if history.unreadable:
+            print(f"{history.unreadable} unreadable images were skipped")
+        print(f"Model, image processor and metrics.json are in {output_dir}")
+        if settings.push_to_hub:
+            print(f"Published as {publish(output_dir, settings.hub_model_id or output_dir.resolve().name)}")
+    accelerator.wait_for_everyone()
     accelerator.end_training()
     return output_dir
 
 
 def load_data(
-    settings: TrainingSettings, config: CtrlCscConfig
+    settings: TrainingSettings, config: CtrlCscConfig, rank: int, world_size: int
 ) -> tuple[ImageStream, torch.Tensor, torch.Tensor, int | None]:
     """The stream of training images, held-out images, images to calibrate batch norms on, the number of classes."""
 
@@ -245,6 +265,8 @@ def load_data(
         shuffle=True,
         shuffle_buffer=settings.shuffle_buffer,
         seed=settings.seed,
+        rank=rank,
+        world_size=world_size,
         **form,
     )
     return stream, held_out, calibration, num_classes

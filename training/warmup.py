@@ -8,10 +8,12 @@ from collections.abc import Callable, Iterable
 
 import torch
 import torch.nn.functional as F
+from accelerate import PartialState
 from torch import Tensor
 from tqdm.auto import tqdm
 
 from ctrl_csc_hf import CtrlCscModel
+from ctrl_csc_hf.distributed import sum_gradients, sum_over_processes
 
 
 def learn_dictionaries(
@@ -20,28 +22,36 @@ def learn_dictionaries(
     steps: int,
     learning_rate: float,
     is_interrupted: Callable[[], bool],
-) -> None:
+) -> bool:
     """Adam on E, the sparse-coding energy of the encoder's stages, with a learning rate that falls to zero.
 
     Args:
-        batches: images (n, C, H, W), pixels in [-1, 1]; `steps` of them are taken.
+        batches: images (n, C, H, W), pixels in [-1, 1]; `steps` of them are taken. Over several processes, its part.
         is_interrupted: asked before each step whether to stop.
+
+    Returns:
+        Whether it came to its end.
     """
     optimizer = torch.optim.Adam(model.encoder.parameters(), learning_rate)
     schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, steps)
-    progress = tqdm(total=steps, desc="sparse-coding energy")
+    parameters = list(model.encoder.parameters())
+    progress = tqdm(total=steps, desc="sparse-coding energy", disable=not PartialState().is_main_process)
     for _, images in zip(range(steps), batches, strict=False):
         if is_interrupted():
-            break
-        energy = model.encoder(images, output_energy=True).energy.mean()
+            progress.close()
+            return False
+        count = sum_over_processes(torch.tensor(len(images), device=images.device))
+        energy = model.encoder(images, output_energy=True).energy.sum() / count
         energy.backward()
+        sum_gradients(parameters)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         schedule.step()
         model.project_parameters()
         progress.update()
-        progress.set_postfix_str(f"E {energy.item():.3f}")
+        progress.set_postfix_str(f"E {sum_over_processes(energy.detach()).item():.3f}")
     progress.close()
+    return True
 
 
 @torch.no_grad()

@@ -124,13 +124,13 @@ def _maps(codes: torch.Tensor) -> Image.Image:
     """Codes (channels, height, width) of one image as a sheet of maps, black where a code is the stage's largest."""
     codes = codes[codes.sum(dim=(1, 2)).argsort(descending=True)].float().cpu()
     channels, height, width = codes.shape
-    columns = 2 * int(np.ceil(np.sqrt(channels / 2)))
+    columns = 2 ** int(np.ceil(np.log2(channels) / 2 + 0.5))  # wide rather than high, and full rows for 2^k atoms
     sheet = np.full((-(-channels // columns) * (height + GAP), columns * (width + GAP), 3), (170, 200, 235), np.uint8)
     ink = (255 * (1 - codes / codes.max().clamp(min=1e-12))).round().numpy().astype(np.uint8)
     for index, values in enumerate(ink):
         top, left = index // columns * (height + GAP), index % columns * (width + GAP)
         sheet[top : top + height, left : left + width] = values[..., None]
-    scale = -(-2 * SHOWN_SIDE // sheet.shape[1])
+    scale = -(-3 * SHOWN_SIDE // sheet.shape[1])
     return Image.fromarray(sheet.repeat(scale, axis=0).repeat(scale, axis=1))
 
 
