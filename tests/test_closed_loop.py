@@ -421,6 +421,25 @@ def test_after_a_step_atoms_are_unit_and_norms_belong_to_them(shared, normalizat
     assert all(parameter.grad is None for parameter in model.parameters())
 
 
+def test_under_autocast_the_decoder_answers_the_encoders_new_weights():
+    def loop_and_batch():
+        model = build_model().float()
+        loop = ClosedLoop(model, make_objective(decoder_consistency=1.0), *optimizers(*player_parameters(model)),
+                          play="alternating")  # fmt: skip
+        return loop, batch().float()
+
+    loop, x = loop_and_batch()
+    with torch.autocast("cpu", torch.bfloat16):
+        loop.step(x)
+    expected, _ = loop_and_batch()
+    for player in ("encoder", "decoder"):
+        with torch.autocast("cpu", torch.bfloat16):  # of its own, which knows no weights of before
+            expected.backward(x, players=(player,))
+        expected._apply_gradients()
+    for (name, got), wanted in zip(loop.model.named_parameters(), expected.model.parameters(), strict=True):
+        assert torch.equal(got, wanted), name
+
+
 @pytest.mark.parametrize("play", ["simultaneous", "alternating"])
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 @pytest.mark.parametrize("weight", [0.0, 0.5])

@@ -2,7 +2,10 @@
 
 import itertools
 
+import pytest
 import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from ema import recompute_statistics
 from warmup import invert_encoder, learn_dictionaries
 
@@ -26,17 +29,23 @@ def smooth_images(count: int = 64) -> torch.Tensor:
     return torch.nn.functional.interpolate(coarse, size=16, mode="bilinear")
 
 
-def learn(model: CtrlCscModel, images: torch.Tensor, steps: int) -> None:
-    learn_dictionaries(model, itertools.repeat(images), steps, 1e-2, lambda: False)
+def accelerator(precision: str = "no") -> Accelerator:
+    AcceleratorState._reset_state(reset_partial_state=True)
+    return Accelerator(mixed_precision=precision)
+
+
+def learn(model: CtrlCscModel, images: torch.Tensor, steps: int, precision: str = "no") -> None:
+    learn_dictionaries(accelerator(precision), model, itertools.repeat(images), steps, 1e-2, lambda: False)
     recompute_statistics(model, images, len(images))
 
 
-def test_the_energy_falls_and_atoms_stay_unit_vectors() -> None:
+@pytest.mark.parametrize("precision", ["no", "bf16"])
+def test_the_energy_falls_and_atoms_stay_unit_vectors(precision: str) -> None:
     torch.manual_seed(0)
     model, images = CtrlCscModel(CtrlCscConfig(**CONFIG)).train(), smooth_images()
     before = model.encoder(images, output_energy=True).energy.mean()
     decoder = [parameter.clone() for parameter in model.decoder.parameters()]
-    learn(model, images, steps=20)
+    learn(model, images, 20, precision)
     assert model.encoder(images, output_energy=True).energy.mean() < 0.7 * before
     assert all(dictionary.has_unit_atoms() for dictionary in model.dictionaries())
     assert all(torch.equal(a, b) for a, b in zip(decoder, model.decoder.parameters(), strict=True))
@@ -45,7 +54,7 @@ def test_the_energy_falls_and_atoms_stay_unit_vectors() -> None:
 def test_an_interrupt_ends_it_before_the_next_step() -> None:
     model, images = CtrlCscModel(CtrlCscConfig(**CONFIG)).train(), smooth_images()
     before = model.encoder.last_stage.dictionary.clone()
-    learn_dictionaries(model, itertools.repeat(images), 3, 1e-2, lambda: True)
+    learn_dictionaries(accelerator(), model, itertools.repeat(images), 3, 1e-2, lambda: True)
     assert torch.equal(model.encoder.last_stage.dictionary, before)
 
 

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable
 
 import torch
 import torch.nn.functional as F
-from accelerate import PartialState
+from accelerate import Accelerator
 from torch import Tensor
 from tqdm.auto import tqdm
 
@@ -17,6 +17,7 @@ from ctrl_csc_hf.distributed import sum_gradients, sum_over_processes
 
 
 def learn_dictionaries(
+    accelerator: Accelerator,
     model: CtrlCscModel,
     batches: Iterable[Tensor],
     steps: int,
@@ -26,6 +27,7 @@ def learn_dictionaries(
     """Adam on E, the sparse-coding energy of the encoder's stages, with a learning rate that falls to zero.
 
     Args:
+        accelerator: gives the precision.
         batches: images (n, C, H, W), pixels in [-1, 1]; `steps` of them are taken. Over several processes, its part.
         is_interrupted: asked before each step whether to stop.
 
@@ -35,13 +37,14 @@ def learn_dictionaries(
     optimizer = torch.optim.Adam(model.encoder.parameters(), learning_rate)
     schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, steps)
     parameters = list(model.encoder.parameters())
-    progress = tqdm(total=steps, desc="sparse-coding energy", disable=not PartialState().is_main_process)
+    progress = tqdm(total=steps, desc="sparse-coding energy", disable=not accelerator.is_main_process)
     for _, images in zip(range(steps), batches, strict=False):
         if is_interrupted():
             progress.close()
             return False
         count = sum_over_processes(torch.tensor(len(images), device=images.device))
-        energy = model.encoder(images, output_energy=True).energy.sum() / count
+        with accelerator.autocast():
+            energy = model.encoder(images, output_energy=True).energy.sum() / count
         energy.backward()
         sum_gradients(parameters)
         optimizer.step()

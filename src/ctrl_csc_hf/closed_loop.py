@@ -258,6 +258,7 @@ class ClosedLoop:
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
         self.model.project_parameters()
+        torch.clear_autocast_cache()  # which holds the weights of before, for as long as its context lasts
 
     @torch.no_grad()
     def _figures(
