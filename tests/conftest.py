@@ -6,13 +6,21 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
+import datasets
 import numpy as np
 import pytest
 from PIL import Image
 
 TRAINING = Path(__file__).parents[1] / "training"
 sys.path.append(str(TRAINING))  # at the end, lest evaluate.py and data.py hide packages of these names
+
+# Images of `parquet_folder`
+SIZE = 8
+NUM_IMAGES = 23
+BROKEN = 5
+READABLE = [index for index in range(NUM_IMAGES) if index != BROKEN]
 
 TINY_PRESET = """
 model:
@@ -64,6 +72,37 @@ def image_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         path.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray((pixels.clip(0, 1) * 255).astype(np.uint8)).save(path)
     return folder
+
+
+def random_image(index: int, size: tuple[int, int] = (SIZE, SIZE)) -> Image.Image:
+    pixels = np.random.default_rng(index).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
+    return Image.fromarray(pixels)
+
+
+def encoded(image: Image.Image, path: Path, **options: Any) -> bytes:
+    image.save(path, **options)
+    return path.read_bytes()
+
+
+@pytest.fixture(scope="session")
+def parquet_folder(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Three shards of PNGs, labelled by their number; one of them is cut short."""
+    root = tmp_path_factory.mktemp("parquet")
+    scratch = tmp_path_factory.mktemp("scratch") / "image.png"
+    data = [encoded(random_image(index), scratch) for index in range(NUM_IMAGES)]
+    data[BROKEN] = data[BROKEN][:60]
+    features = datasets.Features(
+        {"image": datasets.Image(), "label": datasets.Value("int64"), "caption": datasets.Value("string")}
+    )
+    for shard, indices in enumerate(np.array_split(np.arange(NUM_IMAGES), 3)):
+        rows = {
+            "image": [{"bytes": data[index], "path": f"{index}.png"} for index in indices],
+            "label": indices.tolist(),
+            "caption": ["noise"] * len(indices),
+        }
+        shard_path = root / f"train-{shard:05d}-of-00003.parquet"
+        datasets.Dataset.from_dict(rows, features=features).to_parquet(str(shard_path))
+    return str(root)
 
 
 @pytest.fixture

@@ -14,9 +14,10 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from data import ImageSource, ImageStream, build_dataloader, load_images, take_images
+from data import ImageSource, load_images, take_images, to_pixel_values
 from run import GRID_IMAGES, save_grid
 from settings import option
+from stream import ImageLoader, ImageStream
 from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import AutoModel, HfArgumentParser
@@ -59,8 +60,8 @@ def main(settings: EvaluationSettings) -> dict[str, dict[str, float]]:
 
     images = take_images(
         source(settings, settings.split), settings.num_images,
-        image_column=settings.image_column, label_column=None, image_size=size,
-    )["pixel_values"]  # fmt: skip
+        image_column=settings.image_column, image_size=size,
+    )  # fmt: skip
     mean, components = principal_components(settings, size, dim)
     pca: Autoencoder = (
         lambda x: (x.flatten(1) - mean) @ components,
@@ -119,14 +120,13 @@ def principal_components(settings: EvaluationSettings, image_size: int, dim: int
         label_column=None,
         image_size=image_size,
         augmentation="none",
-        shuffle=False,
         shuffle_buffer=1,
         seed=0,
     )
     moments = FeatureMoments(3 * image_size**2)
-    loader = build_dataloader(stream, batch_size=1000, num_workers=0, drop_last=False)
-    for batch in tqdm(loader, desc="training images, for PCA"):
-        moments.update(batch["pixel_values"].flatten(1))
+    loader = ImageLoader(stream, batch_size=1000, num_workers=0)
+    for batch in tqdm(loader.epoch(), desc="training images, for PCA"):
+        moments.update(to_pixel_values(batch["pixels"]).flatten(1))
     _, vectors = torch.linalg.eigh(moments.covariance)
     return moments.mean.float(), vectors[:, -dim:].float()
 

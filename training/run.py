@@ -1,20 +1,18 @@
 """What a run keeps: its history, its checkpoints, its held-out figures, and the model folder at the end."""
 
-import itertools
 import json
 import os
 import shutil
 import signal
-from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Self
 
 import torch
 from accelerate import Accelerator, PartialState
 from accelerate.utils import gather_object
-from data import ImageStream
+from stream import ImageLoader, Place
 from torch import Tensor
-from torch.utils.data import DataLoader
 
 from ctrl_csc_hf import CtrlCscImageProcessor, CtrlCscModel
 from ctrl_csc_hf.distributed import sum_over_processes
@@ -29,10 +27,10 @@ EXAMPLES = 4  # held-out images kept as files, for the widget of a published mod
 class History:
     """Where a run stands, and what it logged. A checkpoint holds it, with each process's place in its own images."""
 
-    def __init__(self) -> None:
+    def __init__(self, loader: ImageLoader) -> None:
         self.step = 0
-        self.place = {"epoch": 0, "batch": 0, "unreadable": 0}  # batches of this epoch, images skipped so far
-        self.places = [self.place]  # of all processes, when last gathered
+        self.loader = loader
+        self.places = [loader.place]  # of all processes, when last gathered
         self.records: list[dict[str, float]] = []
 
     def record(self, **figures: float) -> None:
@@ -40,28 +38,40 @@ class History:
 
     def gather_places(self) -> None:
         """On all processes at once."""
-        self.places = gather_object([dict(self.place)])
+        self.places = gather_object([self.loader.place])
 
     @property
     def unreadable(self) -> int:
         """Images that were skipped, by all processes when last gathered."""
-        return sum(place["unreadable"] for place in self.places)
+        return sum(place.unreadable for place in self.places)
 
     def state_dict(self) -> dict[str, Any]:
-        return {"step": self.step, "places": self.places, "records": self.records}
+        return {"step": self.step, "places": [asdict(place) for place in self.places], "records": self.records}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         processes = PartialState()
-        if len(state["places"]) != processes.num_processes:
+        places = [Place(**place) for place in state["places"]]
+        if len(places) != processes.num_processes:
             raise ValueError(
-                f"a run of {len(state['places'])} processes must be resumed by as many, got {processes.num_processes}"
+                f"a run of {len(places)} processes must be resumed by as many, got {processes.num_processes}"
             )
-        vars(self).update(state)
-        self.place = dict(self.places[processes.process_index])
+        place = places[processes.process_index]
+        lanes, expected = len(place.lanes), self.loader.stream.num_lanes
+        if lanes != expected:
+            raise ValueError(f"a run on images in {lanes} lanes must be resumed on the same, got images in {expected}")
+        self.step, self.places, self.records = state["step"], places, state["records"]
+        self.loader.place = place
 
 
-class CatchInterrupt:
-    """Turns the first Ctrl-C into a request, which the run answers between two steps; the second one stops at once."""
+class CatchStop:
+    """Turns the first Ctrl-C or SIGTERM into a request, which the run answers between two steps.
+
+    A second Ctrl-C stops at once.
+
+    exit_code: what the run is to end with: 0 after SIGTERM, by which schedulers ask for a checkpoint; 130 after Ctrl-C.
+    """
+
+    exit_code = 0
 
     def seen(self) -> bool:
         """Whether any process was asked to stop; on all processes at once."""
@@ -69,47 +79,66 @@ class CatchInterrupt:
 
     def __enter__(self) -> Self:
         self.requested = False
-        self._previous = signal.signal(signal.SIGINT, self._request)
+        self._previous = {number: signal.signal(number, self._request) for number in (signal.SIGINT, signal.SIGTERM)}
         return self
 
     def __exit__(self, *_: object) -> None:
-        signal.signal(signal.SIGINT, self._previous)
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
 
-    def _request(self, *_: object) -> None:
+    def _request(self, number: int, _: object) -> None:
         self.requested = True
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-
-
-def endless_batches(loader: DataLoader, stream: ImageStream, history: History) -> Iterator[dict[str, Any]]:
-    """Batches, epoch after epoch, from where `history` stands."""
-    while True:
-        stream.set_epoch(history.place["epoch"])
-        for batch in itertools.islice(loader, history.place["batch"], None):
-            history.place["batch"] += 1
-            history.place["unreadable"] += batch["unreadable"]
-            yield batch
-        history.place |= {"epoch": history.place["epoch"] + 1, "batch": 0}
+        if number == signal.SIGINT:
+            self.exit_code = 130
+            signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def save_checkpoint(accelerator: Accelerator, output_dir: Path, history: History, limit: int | None) -> Path:
-    """Writes output_dir/checkpoint-STEP under a temporary name first, then removes the oldest beyond `limit`.
+    """Writes output_dir/checkpoint-STEP, then removes the oldest beyond `limit`. It is there as a whole or not at all.
 
     On all processes at once; they share the file system.
+
+    Raises:
+        OSError: if it cannot be written; earlier ones are as they were.
     """
     folder = output_dir / f"checkpoint-{history.step}"
-    unfinished = output_dir / f".checkpoint-{history.step}.unfinished"
+    unfinished, replaced = (output_dir / f".{folder.name}.{state}" for state in ("unfinished", "replaced"))
     if accelerator.is_main_process:
-        shutil.rmtree(unfinished, ignore_errors=True)
+        for leftover in output_dir.glob(".checkpoint-*"):  # of a run that was killed
+            shutil.rmtree(leftover)
     history.gather_places()
     accelerator.wait_for_everyone()
-    accelerator.save_state(str(unfinished))
-    accelerator.wait_for_everyone()
+    try:
+        accelerator.save_state(str(unfinished))
+        accelerator.wait_for_everyone()
+        if accelerator.is_main_process:
+            write_through(unfinished)
+    except Exception as error:  # each writer of the state raises its own
+        shutil.rmtree(unfinished, ignore_errors=True)  # whose space may be wanted for something else
+        raise OSError(f"{folder} cannot be written, earlier checkpoints are as they were: {error}") from error
     if accelerator.is_main_process:
-        shutil.rmtree(folder, ignore_errors=True)
+        if folder.exists():  # by a run that was resumed from an earlier one
+            os.replace(folder, replaced)
         os.replace(unfinished, folder)
+        sync(output_dir)
+        shutil.rmtree(replaced, ignore_errors=True)
         for old in checkpoints(output_dir)[: -limit if limit else 0]:
             shutil.rmtree(old)
     return folder
+
+
+def write_through(folder: Path) -> None:
+    """Returns when all of the folder's files are on the disk, and not in its cache alone."""
+    for path in (*folder.rglob("*"), folder):
+        sync(path)
+
+
+def sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def checkpoints(output_dir: Path) -> list[Path]:

@@ -29,12 +29,13 @@ class TrainingSettings:
     )
     num_validation_images: int = option(1000, "Number of held-out images.")
     streaming: bool = option(False, "Stream the data set instead of preparing it on disk.")
-    shuffle_buffer: int = option(10_000, "Images in the shuffle buffer of a stream.")
+    shuffle_buffer: int = option(10_000, "Images of a stream that a process keeps in memory to mix them.")
     image_column: str = option("image", "Column of the images.")
     label_column: str | None = option("label", "Column of the labels; 'none' if there are none.")
     resolution: int | None = option(None, "Side of the images in pixels; by default, the preset's.")
     augmentation: str = option("flip", "none, flip, or crop_and_flip.")
     dataloader_num_workers: int = option(0, "Processes that decode images; 0 decodes in the main one.")
+    max_unreadable_share: float = option(0.01, "Share of images that may be unreadable; above it, the run stops.")
     cache_dir: str | None = option(None, "Where datasets keeps what it prepares.")
 
     # Model
@@ -111,6 +112,8 @@ class TrainingSettings:
         for name in ("adam_beta1", "adam_beta2", "ema_decay"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 0 and less than 1, got {getattr(self, name)!r}")
+        if not 0 <= self.max_unreadable_share <= 1:
+            raise ValueError(f"max_unreadable_share must be between 0 and 1, got {self.max_unreadable_share!r}")
         if self.mixed_precision not in ("no", "bf16"):
             # A loss scaler would have to serve two players with one backward pass; bf16 needs none.
             raise ValueError(f"mixed_precision must be 'no' or 'bf16', got {self.mixed_precision!r}")

@@ -1,7 +1,7 @@
 """Trains CTRL-CSC by closed-loop transcription: `accelerate launch training/train.py --config cifar10 ...`.
 
-This file is the algorithm; settings.py holds the settings, data.py the images, ema.py the average of the weights,
-run.py what a run keeps. `--help` lists the settings.
+This file is the algorithm; settings.py holds the settings, data.py the images and stream.py their order, ema.py the
+average of the weights, run.py what a run keeps. `--help` lists the settings.
 """
 
 import logging
@@ -14,13 +14,13 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import ProjectConfiguration, set_seed
 from augmentation import augment
-from data import ImageDataset, ImageSource, ImageStream, build_dataloader, hold_out, load_images, take_images
+from data import ImageDataset, ImageSource, hold_out, load_images, take_images, to_pixel_values
 from diffusers.training_utils import EMAModel
 from ema import CALIBRATION_IMAGES, averaged_model, recompute_statistics
 from run import (
-    CatchInterrupt,
+    CatchStop,
     History,
-    endless_batches,
+    checkpoints,
     find_checkpoint,
     held_out_figures,
     save_checkpoint,
@@ -28,6 +28,7 @@ from run import (
     save_model,
 )
 from settings import TrainingSettings, parse_settings
+from stream import ImageLoader, ImageStream
 from tqdm.auto import tqdm
 from transformers import get_scheduler
 from warmup import invert_encoder, learn_dictionaries
@@ -59,6 +60,11 @@ def main(settings: TrainingSettings, config: CtrlCscConfig) -> Path:
             f"gradient_accumulation_steps must be 1, got {accelerator.gradient_accumulation_steps}: neither coding "
             "rates nor batch norms of a batch are means over its parts; take more processes instead"
         )
+    if checkpoints(output_dir) and not settings.resume_from_checkpoint:
+        raise ValueError(
+            f"output_dir={str(output_dir)!r} holds checkpoints of an earlier run: it must be another folder, or "
+            "resume_from_checkpoint must be given"
+        )
     output_dir.mkdir(parents=True, exist_ok=True)
     set_seed(settings.seed)  # the same weights on all processes
 
@@ -73,11 +79,11 @@ def main(settings: TrainingSettings, config: CtrlCscConfig) -> Path:
     stream, held_out, calibration, num_classes = load_data(
         settings, model.config, accelerator.process_index, accelerator.num_processes
     )
-    loader = build_dataloader(
+    loader = ImageLoader(
         stream,
         batch_size=settings.train_batch_size,
         num_workers=settings.dataloader_num_workers,
-        drop_last=True,
+        max_unreadable_share=settings.max_unreadable_share,
     )
 
     # What trains them
@@ -104,7 +110,7 @@ def main(settings: TrainingSettings, config: CtrlCscConfig) -> Path:
     )
 
     # The record
-    history = History()
+    history = History(loader)
     accelerator.register_for_checkpointing(model, *optimizers, *schedulers, history, *([ema] if ema else []))
     if settings.resume_from_checkpoint:
         checkpoint = find_checkpoint(output_dir, settings.resume_from_checkpoint)
@@ -127,21 +133,19 @@ def main(settings: TrainingSettings, config: CtrlCscConfig) -> Path:
         )
         return evaluated
 
-    batches = endless_batches(loader, stream, history)
-
-    def on_device(pixel_values: torch.Tensor) -> torch.Tensor:
-        return pixel_values.to(accelerator.device, memory_format=torch.channels_last)
+    batches = iter(loader)
 
     # Dictionaries before the game
     if settings.energy_warmup_steps and history.step == 0 and not settings.pretrained_model_name_or_path:
-        with CatchInterrupt() as interrupt:
-            images = (on_device(batch["pixel_values"]) for batch in batches)
+        with CatchStop() as stop:
+            images = (to_pixel_values(batch["pixels"], accelerator.device) for batch in batches)
             steps, learning_rate = settings.energy_warmup_steps, settings.energy_warmup_learning_rate
-            stopped = not learn_dictionaries(model, images, steps, learning_rate, interrupt.seen)
+            stopped = not learn_dictionaries(accelerator, model, images, steps, learning_rate, stop.seen)
         if stopped:
-            sys.exit("Interrupted before the first step of the game; there is no checkpoint to go on from")
+            print("Stopped before the first step of the game; there is no checkpoint to go on from", file=sys.stderr)
+            sys.exit(stop.exit_code)
         recompute_statistics(model, calibration, settings.train_batch_size)
-        invert_encoder(model, on_device(calibration))
+        invert_encoder(model, calibration.to(accelerator.device))
         if ema:
             ema.step(model.parameters())  # the first one copies
 
@@ -152,12 +156,12 @@ def main(settings: TrainingSettings, config: CtrlCscConfig) -> Path:
     )  # fmt: skip
     if history.step == 0 and accelerator.is_main_process:
         evaluate()
-    interrupted = False
-    with CatchInterrupt() as interrupt:
-        while history.step < settings.max_train_steps and not (interrupted := interrupt.seen()):
+    stopped = False
+    with CatchStop() as stop:
+        while history.step < settings.max_train_steps and not (stopped := stop.seen()):
             batch = next(batches)
-            pixel_values = on_device(batch["pixel_values"])
-            labels = batch["labels"].to(accelerator.device) if "labels" in batch else None
+            pixel_values = to_pixel_values(batch["pixels"], accelerator.device)
+            labels = batch["labels"].to(accelerator.device, non_blocking=True) if "labels" in batch else None
             augmented = augment(pixel_values) if settings.augmentation_consistency else None
             try:
                 with accelerator.autocast():
@@ -174,7 +178,7 @@ def main(settings: TrainingSettings, config: CtrlCscConfig) -> Path:
 
             shown = {name: value.item() for name, value in vars(figures).items()}
             progress.update()
-            unreadable = history.place["unreadable"]  # of this process
+            unreadable = loader.place.unreadable  # of this process
             images_per_second = len(pixel_values) * accelerator.num_processes * (progress.format_dict["rate"] or 0)
             progress.set_postfix_str(
                 f"dR {shown['rate_reduction']:.2f}, R(Z) {shown['rate']:.1f}, R(Zh) {shown['reconstructed_rate']:.1f}, "
@@ -193,11 +197,12 @@ def main(settings: TrainingSettings, config: CtrlCscConfig) -> Path:
             if history.step % settings.checkpointing_steps == 0:
                 save_checkpoint(accelerator, output_dir, history, settings.checkpoints_total_limit)
 
-    if interrupted:
+    if stopped:
         checkpoint = save_checkpoint(accelerator, output_dir, history, settings.checkpoints_total_limit)
         progress.close()
         accelerator.end_training()
-        sys.exit(f"Interrupted; go on with --resume_from_checkpoint {checkpoint}")
+        accelerator.print(f"Stopped; go on with --resume_from_checkpoint {checkpoint}")
+        sys.exit(stop.exit_code)
 
     history.gather_places()
     progress.close()
@@ -239,13 +244,9 @@ def load_data(
         held_out_images = load(settings.validation_split)
     else:
         images, held_out_images = hold_out(images, settings.num_validation_images, image_column=settings.image_column)
-    form = {
-        "image_column": settings.image_column,
-        "label_column": label_column,
-        "image_size": config.image_size,
-    }
-    held_out = take_images(held_out_images, settings.num_validation_images, **form)["pixel_values"]
-    calibration = take_images(images, CALIBRATION_IMAGES, **form)["pixel_values"]
+    form = {"image_column": settings.image_column, "image_size": config.image_size}
+    held_out = take_images(held_out_images, settings.num_validation_images, **form)
+    calibration = take_images(images, CALIBRATION_IMAGES, **form)
     num_classes = None
     if label_column is not None:
         num_classes = getattr(images.features[label_column], "num_classes", None)
@@ -261,8 +262,8 @@ def load_data(
             )
     stream = ImageStream(
         images,
+        label_column=label_column,
         augmentation=settings.augmentation,
-        shuffle=True,
         shuffle_buffer=settings.shuffle_buffer,
         seed=settings.seed,
         rank=rank,
