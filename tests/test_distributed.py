@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
@@ -106,29 +107,48 @@ def test_processes_send_second_moments_or_features_whichever_are_fewer(found: li
             bookkeeping = classes + images + 3 * len(found)  # sizes of classes, labels, sizes of the parts
             assert least <= sent <= least + bookkeeping, (objective, images, classes)
         assert results["sent"]["binary", 12, 1] == results["sent"]["binary", 240, 1]
+        assert results["step"][4] == results["step"][40]
 
 
-def numbers_sent(objective: str, images: int, classes: int) -> int:
-    """How many numbers one process sends for J of so many images of all processes, backward pass included."""
-    sent, functions = 0, {name: getattr(dist, name) for name in ("all_reduce", "all_gather")}
+@contextmanager
+def counting() -> Iterator[list[int]]:
+    """The numbers that one process sends within, as a list of each exchange's."""
+    sent: list[int] = []
+    functions = {name: getattr(dist, name) for name in ("all_reduce", "all_gather")}
 
     def all_reduce(tensor: torch.Tensor) -> None:
-        nonlocal sent
-        sent += tensor.numel()
+        sent.append(tensor.numel())
         functions["all_reduce"](tensor)
 
     def all_gather(parts: list[torch.Tensor], tensor: torch.Tensor) -> None:
-        nonlocal sent
-        sent += sum(part.numel() for part in parts)  # every process's, as all_reduce's tensors are
+        sent.append(sum(part.numel() for part in parts))  # every process's, as all_reduce's tensors are
         functions["all_gather"](parts, tensor)
 
+    dist.all_reduce, dist.all_gather = all_reduce, all_gather
+    yield sent
+    dist.all_reduce, dist.all_gather = functions["all_reduce"], functions["all_gather"]
+
+
+def numbers_sent_for_utility(objective: str, images: int, classes: int) -> int:
+    """For J of so many images of all processes, backward pass included."""
     z, zh = torch.nn.functional.normalize(torch.randn(2, images // dist.get_world_size(), 6), dim=2).requires_grad_()
     labels = torch.arange(len(z)) % classes
-    played = ClosedLoopObjective(objective, num_classes=classes)
-    dist.all_reduce, dist.all_gather = all_reduce, all_gather
-    played.utility(z, zh, labels)[0].backward()
-    dist.all_reduce, dist.all_gather = functions["all_reduce"], functions["all_gather"]
-    return sent
+    with counting() as sent:
+        ClosedLoopObjective(objective, num_classes=classes).utility(z, zh, labels)[0].backward()
+    return sum(sent)
+
+
+def numbers_sent_in_a_step(images: int) -> int:
+    """Of the game `binary`, all of it, with so many images on each process."""
+    torch.manual_seed(0)
+    model = CtrlCscModel(CtrlCscConfig(**CONFIG)).train()
+    optimizers = [torch.optim.Adam(player, 1e-3) for player in player_parameters(model)]
+    loop = ClosedLoop(model, ClosedLoopObjective(decoder_consistency=1.0), *optimizers)
+    with counting() as sent:
+        loop.step(torch.rand(images, 3, 8, 8))
+    gradients = sum(parameter.numel() for player in player_parameters(model) for parameter in player)
+    assert sent.count(gradients) == 1  # the gradients go in one exchange
+    return sum(sent)
 
 
 def main() -> None:
@@ -145,7 +165,8 @@ def main() -> None:
         for dtype in (torch.float64, torch.float32):
             results[index, dtype] = play(options, dtype, SIZES[world_size], rank)
     settings = [("binary", 12, 1), ("binary", 240, 1), ("unsupervised", 240, 1), ("multi", 12, 3), ("multi", 240, 3)]
-    results["sent"] = {setting: numbers_sent(*setting) for setting in settings}
+    results["sent"] = {setting: numbers_sent_for_utility(*setting) for setting in settings}
+    results["step"] = {images: numbers_sent_in_a_step(images) for images in (4, 40)}
     torch.save(results, output)
     dist.destroy_process_group()
 
