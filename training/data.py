@@ -13,7 +13,7 @@ import datasets
 import numpy as np
 import torch
 from datasets.utils.file_utils import xopen
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, ImageOps
 from torch import Tensor
 
 from ctrl_csc_hf.image_processing_ctrl_csc import CtrlCscImageProcessor
@@ -197,7 +197,8 @@ def decode(
         with xopen(encoded["path"], "rb") as file:
             data = file.read()
     image = Image.open(BytesIO(data))
-    ImageOps.exif_transpose(image, in_place=True)  # one that has to be turned is decoded here, at its full size
+    if image.getexif().get(ExifTags.Base.Orientation, 1) != 1:
+        ImageOps.exif_transpose(image, in_place=True)  # decodes it, at its full size
     if image.mode not in ("RGB", "L") or image.has_transparency_data:
         image = Image.fromarray(_to_rgb(image).pixel_values[0].round().astype(np.uint8).transpose(1, 2, 0))
     width, height = image.size
