@@ -10,6 +10,9 @@ from ctrl_csc_hf import CtrlCscConfig
 from ctrl_csc_hf.closed_loop import STATISTICS, ClosedLoopObjective
 from ctrl_csc_hf.presets import load_preset
 
+# A loss scaler would have to serve two players with one backward pass; bf16 needs none.
+PRECISIONS = ("no", "bf16")
+
 
 def option(default: Any, help: str, **metadata: Any) -> Any:
     return field(default=default, metadata={"help": help, **metadata})
@@ -75,7 +78,8 @@ class TrainingSettings:
     adam_beta2: float = option(0.999, "Decay of Adam's second moments.")
     use_ema: bool = option(True, "Keep an exponential moving average of both networks; it is what is saved.")
     ema_decay: float = option(0.999, "Its decay.")
-    mixed_precision: str = option("no", "no or bf16.")
+    mixed_precision: str | None = option(None, "no or bf16; by default, what accelerate launch was told.")
+    torch_compile: bool = option(False, "Compile both networks: minutes at the start, a faster step on a GPU.")
     seed: int = option(0, "Of the initial weights, the order of images and the augmentation.")
 
     # Output
@@ -114,9 +118,8 @@ class TrainingSettings:
                 raise ValueError(f"{name} must be at least 0 and less than 1, got {getattr(self, name)!r}")
         if not 0 <= self.max_unreadable_share <= 1:
             raise ValueError(f"max_unreadable_share must be between 0 and 1, got {self.max_unreadable_share!r}")
-        if self.mixed_precision not in ("no", "bf16"):
-            # A loss scaler would have to serve two players with one backward pass; bf16 needs none.
-            raise ValueError(f"mixed_precision must be 'no' or 'bf16', got {self.mixed_precision!r}")
+        if self.mixed_precision not in (None, *PRECISIONS):
+            raise ValueError(f"mixed_precision must be one of {PRECISIONS}, got {self.mixed_precision!r}")
         if self.checkpoints_total_limit is not None and self.checkpoints_total_limit < 1:
             raise ValueError(f"checkpoints_total_limit must be at least 1, got {self.checkpoints_total_limit!r}")
         if self.reconstruction_statistics not in STATISTICS:

@@ -27,7 +27,7 @@ from run import (
     save_grid,
     save_model,
 )
-from settings import TrainingSettings, parse_settings
+from settings import PRECISIONS, TrainingSettings, parse_settings
 from stream import ImageLoader, ImageStream
 from tqdm.auto import tqdm
 from transformers import get_scheduler
@@ -55,6 +55,8 @@ def main(settings: TrainingSettings, config: CtrlCscConfig) -> Path:
             f"{launched} processes were launched, but accelerate runs {accelerator.num_processes}: on a machine "
             "without an accelerator it needs ACCELERATE_USE_CPU=1"
         )
+    if accelerator.mixed_precision not in PRECISIONS:
+        raise ValueError(f"mixed_precision must be one of {PRECISIONS}, got {accelerator.mixed_precision!r}")
     if accelerator.gradient_accumulation_steps > 1:
         raise ValueError(
             f"gradient_accumulation_steps must be 1, got {accelerator.gradient_accumulation_steps}: neither coding "
@@ -90,6 +92,9 @@ def main(settings: TrainingSettings, config: CtrlCscConfig) -> Path:
     model.train().to(accelerator.device, memory_format=torch.channels_last)
     if settings.gradient_checkpointing:
         model.gradient_checkpointing_enable()
+    if settings.torch_compile:
+        for player in (model.encoder, model.decoder):
+            player.compile(fullgraph=True)
     betas = (settings.adam_beta1, settings.adam_beta2)
     encoder_parameters, decoder_parameters = player_parameters(model)
     optimizers = [
