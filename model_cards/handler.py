@@ -64,16 +64,23 @@ class EndpointHandler:
             raise BadInput(f"inputs must be 1 to {MAX_IMAGES} images, got {len(given)}")
         if task == "interpolate" and len(given) != 2:
             raise BadInput(f"inputs must be 2 images for task 'interpolate', got {len(given)}")
-        images = [_open(image, f"inputs[{index}]") for index, image in enumerate(given)]
-
-        pixel_values = self.processor(images, return_tensors="pt").pixel_values.to(self.device)
-        latents = self.model.encode(pixel_values).latents
+        # One at a time, so that no more than one image lies decoded in memory.
+        pixel_values = torch.cat([self._pixels(image, f"inputs[{index}]") for index, image in enumerate(given)])
+        latents = self.model.encode(pixel_values.to(self.device)).latents
         if task == "encode":
             return {"latents": latents.tolist()}
         if task == "interpolate":
             latents = _great_circle(*latents, num_steps)
         results = self.processor.postprocess(self.model.decode(latents).reconstruction)
         return results[0] if came_raw else {"images": [_png(image) for image in results]}
+
+    def _pixels(self, given: Any, name: str) -> torch.Tensor:
+        """(1, 3, image_size, image_size)"""
+        image = _open(given, name)
+        try:
+            return self.processor(image, return_tensors="pt").pixel_values
+        except Exception as error:  # PIL reads EXIF only now, and what it finds wrong has many kinds
+            raise BadInput(f"{name} must be an image that the model takes, got {_shown(error, 200)}") from None
 
 
 def _parameters(parameters: Any) -> tuple[str, int]:
@@ -110,7 +117,7 @@ def _open(image: Any, name: str) -> Image.Image:
     try:
         opened.load()
     except Exception as error:
-        raise BadInput(f"{name} must be a whole image, got a damaged one: {_shown(str(error))}") from None
+        raise BadInput(f"{name} must be a whole image, got a damaged one: {_shown(error)}") from None
     return opened
 
 
@@ -146,7 +153,7 @@ def _png(image: Image.Image) -> str:
     return base64.b64encode(buffer.getvalue()).decode()
 
 
-def _shown(value: Any) -> str:
-    """A value in an error: one short line."""
-    text = repr(value)
-    return text if len(text) <= 60 else text[:57] + "..."
+def _shown(value: Any, length: int = 60) -> str:
+    """A value, or what an exception says, in an error: one short line."""
+    text = " ".join(str(value).split()) if isinstance(value, Exception) else repr(value)
+    return text if len(text) <= length else text[: length - 3] + "..."

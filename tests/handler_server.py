@@ -1,8 +1,10 @@
 """Serves EndpointHandler over HTTP as Inference Endpoints does: `python handler_server.py FOLDER PORT`.
 
-JSON becomes the handler's argument, other bodies {"inputs": bytes}; images come back as PNG, all else as JSON.
+JSON becomes the handler's argument, other bodies {"inputs": bytes}; images come back as PNG, all else as JSON. Requests
+are answered side by side, in threads.
 """
 
+import asyncio
 import io
 import json
 import sys
@@ -27,11 +29,13 @@ async def app(scope: dict[str, Any], receive: Any, send: Any) -> None:
     kind = dict(scope["headers"]).get(b"content-type", b"").split(b";")[0]
     if kind == b"application/json":
         try:
-            answer = handler(json.loads(body))
-        except ValueError as error:  # of json.loads alone
+            request = json.loads(body)
+        except (ValueError, RecursionError) as error:
             answer = {"error": f"the body must be JSON: {error}"}
+        else:
+            answer = await asyncio.to_thread(handler, request)
     else:
-        answer = handler({"inputs": body})
+        answer = await asyncio.to_thread(handler, {"inputs": body})
     if isinstance(answer, Image.Image):
         buffer = io.BytesIO()
         answer.save(buffer, "PNG")

@@ -13,6 +13,7 @@ import urllib.error
 import urllib.request
 import zlib
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -50,8 +51,8 @@ def png_that_claims(width: int, height: int, data: bytes = b"") -> bytes:
 
 
 class Endpoint:
-    def __init__(self, url: str, model: CtrlCscModel) -> None:
-        self.url, self.model = url, model
+    def __init__(self, url: str, model: CtrlCscModel, process_id: int) -> None:
+        self.url, self.model, self.process_id = url, model, process_id
         self.processor = CtrlCscImageProcessor(image_size=model.config.image_size)
 
     def post(self, body: Any, kind: str = "application/json") -> tuple[int, bytes]:
@@ -88,7 +89,7 @@ def endpoint(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Endpoint]:
     start = f"{WITHOUT_THE_PACKAGE}\nimport runpy; sys.argv[0] = 'x'; runpy.run_path({str(script)!r})"
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HOME": str(folder / "cache"), "HF_HUB_OFFLINE": "1"}
     process = subprocess.Popen([sys.executable, "-c", start, str(folder), str(port)], env=environment)
-    endpoint = Endpoint(f"http://127.0.0.1:{port}/", model)
+    endpoint = Endpoint(f"http://127.0.0.1:{port}/", model, process.pid)
     deadline = time.monotonic() + 120
     while True:
         try:
@@ -162,9 +163,49 @@ def test_unusual_images_are_fine(endpoint: Endpoint, content: bytes) -> None:
     assert endpoint.images({"inputs": text(content)}) == endpoint.by_hand([Image.open(io.BytesIO(content))])
 
 
+def test_requests_at_the_same_time_get_their_own_answers(endpoint: Endpoint) -> None:
+    pictures = [picture(seed) for seed in range(24)]
+    expected = [endpoint.by_hand([image]) for image in pictures]
+    bodies = [{"inputs": text(encoded(image))} for image in pictures]
+    bad = [{"inputs": "%%%%"}] * len(bodies)
+    with ThreadPoolExecutor(8) as threads:
+        answers = threads.map(endpoint.post, (body for pair in zip(bodies, bad, strict=True) for body in pair))
+        found = list(answers)
+    for (status, answer), wanted in zip(found[::2], expected, strict=True):
+        assert status == 200
+        assert Image.open(io.BytesIO(base64.b64decode(json.loads(answer)["images"][0]))).tobytes() == wanted[0]
+    assert all(status == 400 for status, _ in found[1::2])
+
+
+def peak_memory(process_id: int) -> int:
+    """Of a process until now, in MB."""
+    (line,) = (x for x in Path(f"/proc/{process_id}/status").read_text().splitlines() if x.startswith("VmHWM"))
+    return int(line.split()[1]) // 1000
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="the peak of memory is read from Linux's /proc")
+def test_many_large_images_do_not_lie_in_memory_together(endpoint: Endpoint) -> None:
+    large = text(encoded(Image.new("RGB", (4000, 4000), "orange")))  # 48 MB decoded, 60 kB encoded
+    assert endpoint.post({"inputs": [large]})[0] == 200
+    one = peak_memory(endpoint.process_id)
+    assert endpoint.post({"inputs": [large] * 8})[0] == 200
+    assert peak_memory(endpoint.process_id) - one < 2 * 48
+
+
 GOOD = text(encoded(picture()))
 PNG, JPEG = encoded(picture()), encoded(picture(), "JPEG")
 BOMB = png_that_claims(5000, 5001, zlib.compress(b"\0" * 75_030_001))
+EXIF = encoded(picture(), "WEBP", exif=b"Exif\0\0II*\0\x08\0\0\0\x01\0\x12\x01\x03\0\x01\0\0\0\x01\0\0\0\0\0\0\0")
+
+
+def tiff(value: float, kind: type) -> str:
+    return text(encoded(Image.fromarray(np.full((5, 5), value, kind)), "TIFF"))
+
+
+def nested(depth: int) -> bytes:
+    return b'{"inputs": ' + b"[" * depth + b"]" * depth + b"}"
+
+
 BAD: dict[str, tuple[Any, str]] = {
     "nothing": (b"", "the body must be JSON"),
     "no JSON": (b"{", "the body must be JSON"),
@@ -205,6 +246,20 @@ BAD: dict[str, tuple[Any, str]] = {
     "huge by its header": ({"inputs": text(png_that_claims(2**30, 2**30))}, "must have at most 25000000 pixels"),
     "bomb": ({"inputs": text(BOMB)}, "must have at most 25000000 pixels, got 5000 x 5001"),
     "too many bytes": ({"inputs": "A" * 13_400_000}, "inputs[0] must have 1 to 10000000 bytes, got 10050000"),
+    "thin": ({"inputs": text(encoded(Image.new("L", (1001, 1))))}, "inputs[0] must be an image that the model takes"),
+    "very thin": ({"inputs": text(encoded(Image.new("L", (25_000_000, 1))))}, "a side must be at most 1000 times"),
+    "pixels NaN": ({"inputs": [GOOD, tiff(np.nan, np.float32)]}, "inputs[1] must be an image that the model takes"),
+    "pixels infinite": ({"inputs": tiff(np.inf, np.float32)}, "inputs[0] must be an image that the model takes"),
+    "pixels negative": ({"inputs": tiff(-5, np.int32)}, "they must be in [0, 65535]"),
+    "damaged EXIF": ({"inputs": text(EXIF.replace(b"II*\0", b"XI*\0"))}, "inputs[0] must be an image that the model"),
+    "lone surrogate": ({"inputs": "\ud800"}, "inputs[0] must be base64, got '\\ud800'"),
+    "null characters": ({"inputs": "\0\n\0"}, "inputs[0] must be base64, got '\\x00\\n"),
+    "emoji as a parameter": ({"inputs": GOOD, "parameters": {"🧩": 1}}, "among task and num_steps, got ['🧩']"),
+    "lines in a task": ({"inputs": GOOD, "parameters": {"task": "a\nb"}}, "task must be one of"),
+    "deep": (nested(500), "inputs[0] must be an image as base64 or a data URI, got [["),
+    "deeper than JSON may be": (nested(200_000), "the body must be JSON"),
+    "an endless number": (b'{"inputs": 1' + b"0" * 5000 + b"}", "the body must be JSON"),
+    "infinity": (b'{"inputs": 1e999}', "inputs[0] must be an image as base64 or a data URI, got inf"),
     "parameters list": ({"inputs": GOOD, "parameters": []}, "parameters must be an object, got []"),
     "parameters string": ({"inputs": GOOD, "parameters": "encode"}, "parameters must be an object, got 'encode'"),
     "unknown parameter": ({"inputs": GOOD, "parameters": {"steps": 3}}, "among task and num_steps, got ['steps']"),
@@ -242,5 +297,5 @@ def test_a_bad_request_gets_one_line_and_the_next_good_one_its_answer(endpoint: 
     status, answer = endpoint.post(body, "application/json" if name in BAD else "image/png")
     error = json.loads(answer)["error"]
     assert status == 400 and expected in error, error
-    assert "\n" not in error and "Traceback" not in error and len(error) < 250
+    assert "\n" not in error and "Traceback" not in error and len(error) < 280
     assert endpoint.images({"inputs": GOOD}) == endpoint.by_hand([picture()])

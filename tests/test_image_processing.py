@@ -440,3 +440,10 @@ def test_its_file_alone_serves_it_as_remote_code(tmp_path):
     module, imported = load_in_a_new_process(tmp_path, LOAD.format(options={"trust_remote_code": True}))
     assert module.startswith("transformers_modules.") and imported == "False"
     np.testing.assert_array_equal(np.load(tmp_path / "loaded.npy"), process(WIDE).numpy())
+
+
+@pytest.mark.parametrize("shape", [(1, 1001), (2002, 2)])
+def test_an_image_so_thin_that_resizing_would_make_gigabytes_of_it_is_refused(shape: tuple[int, int]) -> None:
+    with pytest.raises(ValueError, match=rf"{shape[0]} x {shape[1]} pixels: a side must be at most 1000 times"):
+        process(Image.fromarray(np.zeros(shape, np.uint8)))
+    assert process(Image.fromarray(np.zeros((1, 1000), np.uint8))).shape == (1, 3, SIZE, SIZE)

@@ -9,6 +9,8 @@ from transformers.image_processing_backends import PilBackend
 from transformers.image_transforms import get_resize_output_image_size
 from transformers.image_utils import ChannelDimension, SizeDict
 
+LARGEST_RATIO = 1000  # of an image's sides
+
 
 class CtrlCscImageProcessor(PilBackend):
     r"""Turns images into `pixel_values` (n, 3, image_size, image_size), float32 in [-1, 1], and back.
@@ -77,12 +79,19 @@ class CtrlCscImageProcessor(PilBackend):
         """Resize (3, height, width), uint8 or float32 in [0, 255], keeping the dtype.
 
         Raises:
-            ValueError: if `size` has other keys than shortest_edge, or height and width, or is not positive.
+            ValueError: if `size` has other keys than shortest_edge, or height and width, or is not positive; if a
+                side is more than 1,000 times the other, as `shortest_edge` would make gigabytes of it.
         """
         sides = dict(size)
         if set(sides) not in ({"shortest_edge"}, {"height", "width"}) or min(sides.values()) < 1:
             raise ValueError(
                 f"size={sides} is not allowed: it must have shortest_edge, or height and width, all positive"
+            )
+        shorter, longer = sorted(image.shape[1:])
+        if longer > LARGEST_RATIO * shorter:
+            raise ValueError(
+                f"an image has {image.shape[1]} x {image.shape[2]} pixels: "
+                f"a side must be at most {LARGEST_RATIO} times the other"
             )
         height, width = get_resize_output_image_size(
             image,
