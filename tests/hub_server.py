@@ -69,8 +69,8 @@ class HubServer:
     """`with HubServer() as server`: the client reaches it under `server.url`.
 
     requests: what came in, as (method, path).
-    break_next: what fails at its next request, one of "lfs" (the server gives up in the middle of the upload) and
-        "commit" (the server answers 403).
+    break_next: what fails at its next request, one of "lfs" (the server gives up in the middle of the upload), "commit"
+        (the server answers 403) and "silence" (the server takes part of an upload, sets `silent` and never answers).
     """
 
     def __init__(self) -> None:
@@ -78,6 +78,7 @@ class HubServer:
         self.objects: dict[str, bytes] = {}  # LFS, sha256 -> content
         self.requests: list[tuple[str, str]] = []
         self.break_next: str | None = None
+        self.silent = threading.Event()
         handler = type("Handler", (_Handler,), {"hub": self})
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
         self.url = f"http://127.0.0.1:{self._server.server_address[1]}"
@@ -194,6 +195,13 @@ class _Handler(BaseHTTPRequestHandler):
             self.close_connection = True
             # The client would retry, with pauses, what looks like the network's fault.
             raise HubError(403, "Forbidden", "broken off")
+        if self.hub.break_next == "silence":
+            self.hub.break_next = None
+            self.close_connection = True
+            self.rfile.read(1000)
+            self.hub.silent.set()
+            self.rfile.read()  # until the client is gone
+            return
         content = self._body()
         if hashlib.sha256(content).hexdigest() != oid:
             raise HubError(400, "BadRequest", "the content does not have its sha256")

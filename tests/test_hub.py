@@ -1,5 +1,6 @@
 """An exported folder opens all doors with the same bits, with and without this package."""
 
+import hashlib
 import json
 import os
 import subprocess
@@ -10,12 +11,13 @@ import pytest
 import torch
 import transformers
 from conftest import TRAINING
-from hub_server import HubServer
+from hub_server import Blob, HubServer
 from packaging.version import Version
+from PIL import Image
 from safetensors.torch import load_file, save_file
 from test_halves import trained_model
 
-from ctrl_csc_hf import CtrlCscModel
+from ctrl_csc_hf import CtrlCscImageProcessor, CtrlCscModel
 from ctrl_csc_hf.hub import export
 
 needs_downloaded_code = pytest.mark.skipif(
@@ -52,8 +54,8 @@ with torch.no_grad():
     model = AutoModel.from_pretrained(repo, **REMOTE).eval()
     found["AutoModel"] = model(x).reconstruction
     pipe = DiffusionPipeline.from_pretrained(folder if eval(by_folder) else repo, **REMOTE)
-    pixels = pipe(images, output_type="pt", return_latents=True)
-    found["pipeline"], found["pipeline latents"] = pixels.images * 2 - 1, pixels.latents
+    piped = pipe(images, output_type="pt", return_latents=True)
+    found["pipeline"], found["pipeline latents"] = piped.images, piped.latents
     halves = []
     for half in ("Encoder", "Decoder"):
         half_class = get_class_from_dynamic_module(f"model/modeling_ctrl_csc.CtrlCsc{half}", repo, **keywords)
@@ -70,7 +72,7 @@ for image, buffer in zip(images, buffers):
 request = {"inputs": [base64.b64encode(buffer.getvalue()).decode() for buffer in buffers]}
 found["handler latents"] = torch.tensor(handler({**request, "parameters": {"task": "encode"}})["latents"])
 shown = [Image.open(io.BytesIO(base64.b64decode(image))) for image in handler(request)["images"]]
-assert [image.tobytes() for image in shown] == [image.tobytes() for image in pipe(images).images]
+found["handler"] = [image.tobytes() for image in shown]
 assert "ctrl_csc_hf" not in sys.modules
 torch.save({"x": x, **found}, output)
 """
@@ -108,7 +110,9 @@ def open_all_doors(
         assert torch.equal(found[door], expected.reconstruction), door
     for door in ("pipeline latents", "handler latents"):
         assert torch.equal(found[door], expected.latents), door
-    torch.testing.assert_close(found["pipeline"], expected.reconstruction, atol=1e-6, rtol=0)  # by way of [0, 1]
+    processor = CtrlCscImageProcessor(image_size=model.config.image_size)
+    assert torch.equal(found["pipeline"], processor.postprocess(expected.reconstruction, "pt"))
+    assert found["handler"] == [image.tobytes() for image in processor.postprocess(expected.reconstruction)]
 
 
 @pytest.mark.parametrize(("shared", "normalization"), [(False, "batch_norm"), (True, "inverse")])
@@ -121,29 +125,66 @@ def test_every_door_opens_without_the_package_and_shows_the_same(
     assert len(list(folder.rglob("*.safetensors"))) == 1 and not list(folder.rglob("*.bin"))
 
 
-def test_with_the_package_no_remote_code_and_no_flag_is_needed(tmp_path: Path) -> None:
-    folder = export(trained_model(False, "batch_norm"), tmp_path)
+def files(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def a_checkpoint(folder: Path, model: CtrlCscModel, examples: int = 2) -> Path:
+    """As train.py leaves it, in short."""
+    model.save_pretrained(folder)
+    CtrlCscImageProcessor(image_size=model.config.image_size).save_pretrained(folder)
+    (folder / "metrics.json").write_text(json.dumps({"step": 4, "held_out_psnr": 17.5}))
+    (folder / "training_args.json").write_text(json.dumps({"dataset_name": "uoft-cs/cifar10", "max_train_steps": 4}))
+    (folder / "examples").mkdir()
+    for name in ("reconstructions.png", *(f"examples/{index}.png" for index in range(examples))):
+        Image.new("RGB", (8, 8), "orange").save(folder / name)
+    return folder
+
+
+def test_the_same_checkpoint_gives_the_same_bytes_in_every_process(tmp_path: Path) -> None:
+    checkpoint = a_checkpoint(tmp_path / "checkpoint", trained_model(True, "batch_norm"))
     code = (
-        "import sys, ctrl_csc_hf; from transformers import AutoConfig, AutoModel;"
-        "from transformers.models.auto.image_processing_auto import AutoImageProcessor;"
-        "loaded = [auto.from_pretrained(sys.argv[1]) for auto in (AutoConfig, AutoModel, AutoImageProcessor)];"
-        "print([type(part).__module__ for part in loaded])"
+        "import sys; from ctrl_csc_hf import CtrlCscModel; "
+        "CtrlCscModel.from_pretrained(sys.argv[1]).export(sys.argv[2], checkpoint=sys.argv[1])"
     )
-    command = [sys.executable, "-c", code, str(folder)]
-    result = subprocess.run(command, capture_output=True, text=True, check=True, stdin=subprocess.DEVNULL)
-    names = [f"ctrl_csc_hf.{name}_ctrl_csc" for name in ("configuration", "modeling", "image_processing")]
-    assert result.stdout.strip() == str(names)
+    for name, seed in (("first", "1"), ("second", "2")):
+        command = [sys.executable, "-c", code, str(checkpoint), str(tmp_path / name)]
+        subprocess.run(command, env={**os.environ, "PYTHONHASHSEED": seed}, check=True)
+    first = files(tmp_path / "first")
+    assert first == files(tmp_path / "second")
+    assert {"README.md", "architecture.png", "examples/1.png", "metrics.json", "training_args.json"} <= set(first)
+    CtrlCscModel.from_pretrained(tmp_path / "first").export(tmp_path / "again", checkpoint=tmp_path / "first")
+    assert first == files(tmp_path / "again")
 
 
-def test_the_same_model_gives_the_same_bytes(tmp_path: Path) -> None:
-    model = trained_model(True, "batch_norm")
-    export(model, tmp_path / "first")
-    export(CtrlCscModel.from_pretrained(tmp_path / "first"), tmp_path / "second")
-    first, second = (
-        {path.relative_to(root): path.read_bytes() for path in root.rglob("*") if path.is_file()}
-        for root in (tmp_path / "first", tmp_path / "second")
-    )
-    assert first == second
+def test_the_checkpoints_own_image_processor_is_published(tmp_path: Path) -> None:
+    checkpoint = a_checkpoint(tmp_path / "checkpoint", trained_model(False, "batch_norm"))
+    CtrlCscImageProcessor(image_size=8, resample=0, do_center_crop=False).save_pretrained(checkpoint)
+    folder = export(CtrlCscModel.from_pretrained(checkpoint), tmp_path / "repository", checkpoint=checkpoint)
+    published = CtrlCscImageProcessor.from_pretrained(folder)
+    assert (published.resample, published.do_center_crop) == (0, False)
+
+
+@pytest.mark.parametrize(
+    ("keywords", "folder", "message"),
+    [
+        ({"repo_id": "name"}, "new", "repo_id must be ORGANIZATION/NAME, got 'name'"),
+        ({"repo_id": "a/b/c"}, "new", "must be in the form .*'a/b/c'"),
+        ({"repo_id": "org/na me"}, "new", "'org/na me'"),
+        ({}, "file", "folder must be a folder or not exist, got .*file"),
+        ({}, "checkpoint", "folder must be another one than the checkpoint's, got .*checkpoint"),
+    ],
+)
+def test_what_cannot_be_written_is_said_before_anything_is(
+    keywords: dict[str, str], folder: str, message: str, tmp_path: Path
+) -> None:
+    model = trained_model(False, "batch_norm")
+    checkpoint = a_checkpoint(tmp_path / "checkpoint", model)
+    (tmp_path / "file").touch()
+    before = files(tmp_path)
+    with pytest.raises(ValueError, match=message):
+        export(model, tmp_path / folder, checkpoint=checkpoint, **keywords)
+    assert files(tmp_path) == before
 
 
 @pytest.mark.parametrize(
@@ -190,17 +231,23 @@ def test_a_missing_tensor_is_reported(tmp_path: Path) -> None:
 # ---- over HTTP
 
 
-def publish(server: HubServer, checkpoint: Path, name: str = "org/name") -> str:
-    """In a process of its own: the client reads its environment on import."""
-    code = "import sys; from ctrl_csc_hf.hub import publish; print(publish(sys.argv[1], sys.argv[2]))"
-    result = subprocess.run(
-        [sys.executable, "-c", code, str(checkpoint), name],
+def publisher(server: HubServer, checkpoint: Path, name: str = "org/name", *flags: str) -> subprocess.Popen[str]:
+    """The command, in a process of its own: the client reads its environment on import."""
+    command = str(Path(sys.executable).parent / "ctrl-csc")
+    return subprocess.Popen(
+        [command, "publish", str(checkpoint), "--repo_id", name, *flags],
         env={**os.environ, **server.environment(checkpoint.parent / "publisher")},
-        capture_output=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
         text=True,
     )
-    assert result.returncode == 0, result.stderr
-    return result.stdout.strip()
+
+
+def publish(server: HubServer, checkpoint: Path, name: str = "org/name", *flags: str) -> str:
+    process = publisher(server, checkpoint, name, *flags)
+    output, errors = process.communicate()
+    assert process.returncode == 0, errors
+    return output.strip()
 
 
 @needs_downloaded_code
@@ -208,8 +255,9 @@ def test_what_is_published_opens_by_every_door_elsewhere_and_was_stored_and_fetc
     model = trained_model(True, "batch_norm")
     model.save_pretrained(tmp_path / "checkpoint")
     with HubServer() as server:
-        assert publish(server, tmp_path / "checkpoint") == f"{server.url}/org/name"
-        assert server.count("PUT", "/lfs/") == 1
+        assert publish(server, tmp_path / "checkpoint") == f"Published: {server.url}/org/name"
+        weights = hashlib.sha256((tmp_path / "checkpoint" / "model.safetensors").read_bytes()).hexdigest()
+        assert server.count("PUT", weights) == 1
         sha = server.repositories["org/name"].sha("main")
         open_all_doors("org/name", tmp_path, model, server.environment(tmp_path / "cache"))
         assert server.count("GET", "model.safetensors") == 1
@@ -222,14 +270,37 @@ def test_what_is_published_opens_by_every_door_elsewhere_and_was_stored_and_fetc
         assert list((tmp_path / "elsewhere").glob("models--org--name/snapshots/*/model.safetensors"))
 
 
+@needs_downloaded_code
+def test_with_the_package_no_remote_code_and_no_flag_is_needed_but_for_the_pipeline(tmp_path: Path) -> None:
+    trained_model(True, "inverse").save_pretrained(tmp_path / "checkpoint")
+    code = (
+        "import ctrl_csc_hf; from transformers import AutoConfig, AutoModel; from diffusers import DiffusionPipeline;"
+        "from transformers.models.auto.image_processing_auto import AutoImageProcessor;"
+        "doors = (AutoConfig, AutoModel, AutoImageProcessor, ctrl_csc_hf.CtrlCscEncoder, ctrl_csc_hf.CtrlCscDecoder);"
+        "loaded = [door.from_pretrained('org/name') for door in doors];"
+        "pipe = DiffusionPipeline.from_pretrained('org/name', trust_remote_code=True);"
+        "print([type(part).__module__ for part in (*loaded, pipe.model, pipe.image_processor)])"
+    )
+    with HubServer() as server:
+        publish(server, tmp_path / "checkpoint")
+        environment = {**os.environ, **server.environment(tmp_path / "cache")}
+        result = subprocess.run(
+            [sys.executable, "-c", code], env=environment, stdin=subprocess.DEVNULL, capture_output=True, text=True
+        )
+    assert result.returncode == 0, result.stderr
+    names = ("configuration", "modeling", "image_processing", "modeling", "modeling", "modeling", "image_processing")
+    assert result.stdout.strip() == str([f"ctrl_csc_hf.{name}_ctrl_csc" for name in names])
+
+
 def test_publishing_again_uploads_nothing_and_a_change_keeps_the_old_revision(tmp_path: Path) -> None:
     model = trained_model(False, "batch_norm")
     model.save_pretrained(tmp_path / "checkpoint")
     with HubServer() as server:
         publish(server, tmp_path / "checkpoint")
         before, first = server.files("org/name"), server.repositories["org/name"].sha("main")
+        puts = server.count("PUT", "/lfs/")
         publish(server, tmp_path / "checkpoint")
-        assert (server.count("PUT", "/lfs/"), server.count("POST", "/commit/")) == (1, 1)
+        assert (server.count("PUT", "/lfs/"), server.count("POST", "/commit/")) == (puts, 1)
         with torch.no_grad():
             model.decoder.output_bias.add_(1)
         model.save_pretrained(tmp_path / "checkpoint")
@@ -237,6 +308,29 @@ def test_publishing_again_uploads_nothing_and_a_change_keeps_the_old_revision(tm
         assert server.files("org/name", first) == before
         changed = {path for path, content in server.files("org/name").items() if before[path] != content}
         assert changed == {"model.safetensors"}
+
+
+def test_a_publication_replaces_what_the_one_before_had_and_leaves_what_others_added(tmp_path: Path) -> None:
+    model = trained_model(False, "batch_norm")
+    with HubServer() as server:
+        publish(server, a_checkpoint(tmp_path / "first", model, examples=4))
+        repository = server.repositories["org/name"]
+        added = {name: Blob(b"by hand", False) for name in ("notes.md", "figures/plot.png", "model/old.py")}
+        repository.commit(repository.commits[repository.sha("main")] | added)
+        model.save_pretrained(tmp_path / "second")  # without figures, settings and pictures
+        publish(server, tmp_path / "second")
+        found = set(server.files("org/name"))
+    export(model, tmp_path / "expected", repo_id="org/name")
+    assert found == {*files(tmp_path / "expected"), ".gitattributes", "notes.md", "figures/plot.png"}
+
+
+def test_a_name_alone_is_the_accounts_and_the_card_tells_it_whole(tmp_path: Path) -> None:
+    trained_model(False, "batch_norm").save_pretrained(tmp_path / "checkpoint")
+    with HubServer() as server:
+        for _ in range(2):  # created, and found
+            assert publish(server, tmp_path / "checkpoint", "name", "--private").endswith("/tester/name")
+        assert server.repositories["tester/name"].private
+        assert b'AutoModel.from_pretrained("tester/name", trust_remote' in server.files("tester/name")["README.md"]
 
 
 def test_train_publishes_what_it_trained(tiny_preset: Path, image_folder: Path, tmp_path: Path) -> None:
@@ -260,7 +354,7 @@ def test_train_publishes_what_it_trained(tiny_preset: Path, image_folder: Path, 
     assert b"PSNR, mean over images" in files["README.md"]
 
 
-@pytest.mark.parametrize("moment", ["lfs", "commit"])
+@pytest.mark.parametrize("moment", ["lfs", "commit", "silence"])
 def test_an_upload_that_breaks_off_leaves_what_was_there_and_the_next_one_finishes_it(
     moment: str, tmp_path: Path
 ) -> None:
@@ -273,11 +367,17 @@ def test_an_upload_that_breaks_off_leaves_what_was_there_and_the_next_one_finish
             model.decoder.output_bias.add_(1)
         model.save_pretrained(tmp_path / "checkpoint")
         server.break_next = moment
-        with pytest.raises(AssertionError, match="broken off"):
-            publish(server, tmp_path / "checkpoint")
+        if moment == "silence":
+            process = publisher(server, tmp_path / "checkpoint")
+            assert server.silent.wait(timeout=120)
+            process.kill()
+            process.communicate()
+        else:
+            with pytest.raises(AssertionError, match="broken off"):
+                publish(server, tmp_path / "checkpoint")
         assert server.files("org/name") == before
         puts = server.count("PUT", "/lfs/")
         publish(server, tmp_path / "checkpoint")
-        assert server.count("PUT", "/lfs/") - puts == (1 if moment == "lfs" else 0)
+        assert server.count("PUT", "/lfs/") - puts == (0 if moment == "commit" else 1)
         whole = (tmp_path / "checkpoint" / "model.safetensors").read_bytes()
         assert server.files("org/name")["model.safetensors"] == whole

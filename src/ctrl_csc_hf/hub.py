@@ -11,10 +11,13 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from huggingface_hub import HfApi
+from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
+from transformers.image_processing_utils import BaseImageProcessor
 
 from .image_processing_ctrl_csc import CtrlCscImageProcessor
-from .model_card import MODEL_CARDS, model_card, public_settings
+from .model_card import FIGURE, MODEL_CARDS, model_card, public_settings
 from .modeling_ctrl_csc import CtrlCscModel
+from .visualization import architecture_figure
 
 PACKAGE = Path(__file__).parent
 CODE = {  # where it lies in the repository; diffusers fetches a component's folder, and the pipeline from the root
@@ -29,7 +32,10 @@ CODE = {  # where it lies in the repository; diffusers fetches a component's fol
     ".": ("pipeline_ctrl_csc.py",),
 }
 RECORDS = ("metrics.json", "training_curve.png")
+SETTINGS = "training_args.json"
 GRID = "reconstructions.png"
+# What only some checkpoints have, and code that may be renamed: of these no older publication's files stay.
+REPLACED = ("examples/*.png", "image_processor/*.py", "model/*.py", *RECORDS, SETTINGS, GRID)
 MODEL_AUTO_MAP = {
     "AutoConfig": "model/configuration_ctrl_csc.CtrlCscConfig",
     "AutoModel": "model/modeling_ctrl_csc.CtrlCscModel",
@@ -48,6 +54,7 @@ def export(
     *,
     repo_id: str = "ORGANIZATION/NAME",
     checkpoint: str | Path | None = None,
+    image_processor: BaseImageProcessor | None = None,
     license: str = "apache-2.0",
 ) -> Path:
     """Writes the folder of a Hub repository: weights, configuration, image processor, the code of all, and the card.
@@ -57,14 +64,25 @@ def export(
     Args:
         model: what to publish.
         folder: is made where it does not exist.
-        repo_id: where it will be published, which the card tells.
+        repo_id: where it will be published, "organization/name", which the card tells.
         checkpoint: the folder that train.py wrote; the card tells its settings and figures, and shows its pictures.
+        image_processor: the model's; by default the checkpoint's, or the one of the model's image size.
         license: identifier of the weights' licence, as the Hub lists them.
+
+    Raises:
+        ValueError: if `repo_id` has another form, and if `folder` is a file or the checkpoint itself.
     """
     folder = Path(folder)
     checkpoint = None if checkpoint is None else Path(checkpoint)
+    validate_repo_id(repo_id)
+    if "/" not in repo_id:
+        raise ValueError(f"repo_id must be ORGANIZATION/NAME, got {repo_id!r}")
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"folder must be a folder or not exist, got {folder}")
+    if checkpoint is not None and folder.resolve() == checkpoint.resolve():
+        raise ValueError(f"folder must be another one than the checkpoint's, got {folder}")
     model.save_pretrained(folder)
-    CtrlCscImageProcessor(image_size=model.config.image_size).save_pretrained(folder)
+    (image_processor or _image_processor(model, checkpoint)).save_pretrained(folder)
     _add_to_json(folder / "config.json", {"auto_map": MODEL_AUTO_MAP})
     _add_to_json(folder / "preprocessor_config.json", {"auto_map": IMAGE_PROCESSOR_AUTO_MAP})
     (folder / "model_index.json").write_text(json.dumps(MODEL_INDEX, indent=2) + "\n")
@@ -73,6 +91,7 @@ def export(
         for source in sources:
             shutil.copyfile(PACKAGE / source, folder / subfolder / Path(source).name)
     shutil.copyfile(MODEL_CARDS / "handler.py", folder / "handler.py")
+    architecture_figure(model.config).save(folder / FIGURE)
     pictures: list[str] = []
     if checkpoint is not None:
         pictures = [GRID, *sorted(f"examples/{path.name}" for path in checkpoint.glob("examples/*.png"))]
@@ -82,7 +101,7 @@ def export(
                 (folder / name).parent.mkdir(exist_ok=True)
                 shutil.copyfile(checkpoint / name, folder / name)
         if settings := public_settings(checkpoint):
-            (folder / "training_args.json").write_text(json.dumps(settings, indent=2) + "\n")
+            (folder / SETTINGS).write_text(json.dumps(settings, indent=2) + "\n")
     card = model_card(model, repo_id, checkpoint, pictures, license)
     (folder / "README.md").write_text(str(card))
     return folder
@@ -91,11 +110,13 @@ def export(
 def publish(checkpoint: str | Path, repo_id: str, *, private: bool = False, license: str = "apache-2.0") -> str:
     """Uploads a checkpoint in the form of `export`, as one commit: a reader sees all of it or nothing.
 
-    Where nothing has changed, nothing is uploaded. After an upload that broke off the next one goes on with it.
+    Where nothing has changed, nothing is uploaded. After an upload that broke off the next one goes on with it. What
+    an older publication had and this one lacks, such as figures and examples, is removed (`REPLACED`); files that
+    others added stay.
 
     Args:
         checkpoint: a folder that `save_pretrained` or train.py wrote.
-        repo_id: "name" or "organization/name"; is created where it does not exist.
+        repo_id: "organization/name", or "name" for the account's own; is created where it does not exist.
         private: whether a repository that is created is private.
         license: identifier of the weights' licence, as the Hub lists them.
 
@@ -104,11 +125,22 @@ def publish(checkpoint: str | Path, repo_id: str, *, private: bool = False, lice
     """
     model = CtrlCscModel.from_pretrained(checkpoint)
     api = HfApi()
+    repository = api.create_repo(repo_id, private=private, exist_ok=True)
     with TemporaryDirectory() as folder:
-        export(model, folder, repo_id=repo_id, checkpoint=checkpoint, license=license)
-        repository = api.create_repo(repo_id, private=private, exist_ok=True)
-        api.upload_folder(repo_id=repository.repo_id, folder_path=folder, commit_message="Publish with ctrl-csc-hf")
+        export(model, folder, repo_id=repository.repo_id, checkpoint=checkpoint, license=license)
+        api.upload_folder(
+            repo_id=repository.repo_id,
+            folder_path=folder,
+            delete_patterns=list(REPLACED),
+            commit_message="Publish with ctrl-csc-hf",
+        )
     return str(repository)
+
+
+def _image_processor(model: CtrlCscModel, checkpoint: Path | None) -> BaseImageProcessor:
+    if checkpoint is not None and (checkpoint / "preprocessor_config.json").is_file():
+        return CtrlCscImageProcessor.from_pretrained(checkpoint)
+    return CtrlCscImageProcessor(image_size=model.config.image_size)
 
 
 def _add_to_json(path: Path, entries: dict[str, Any]) -> None:

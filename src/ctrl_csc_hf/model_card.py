@@ -21,6 +21,10 @@ UTILITIES = {
     "multi": "dR(Z | y) + dR(Zh | y) + sum_k dR(Z_k, Zh_k)",
     "unsupervised": "R(Z) + dR(Z, Zh)",
 }
+GAME = (
+    "Encoder and decoder play a game: the encoder raises dR(Z, Zh) = R(Z u Zh) - R(Z)/2 - R(Zh)/2, which tells the "
+    "latents of images and of their reconstructions apart, the decoder lowers it"
+)
 # Of metrics.json: its entry, the figure's name in the card, its metric type, how it is written.
 FIGURES = (
     ("held_out_psnr", "PSNR, mean over images, dB", "psnr", "{:.2f}"),
@@ -43,6 +47,7 @@ BIASES = {
     ),
 }
 LOCAL_FOLDERS = ("cache_dir", "logging_dir", "output_dir", "resume_from_checkpoint", "train_data_dir")
+FIGURE = "architecture.png"
 OTHER_BIASES = "Images unlike the training data come out worse, and its biases are the model's."
 
 
@@ -65,6 +70,7 @@ def model_card(
         published: False for a form that nobody has filled.
     """
     settings, metrics = public_settings(checkpoint), _read(checkpoint, "metrics.json")
+    continued = bool(_read(checkpoint, "training_args.json").get("pretrained_model_name_or_path"))
     is_on_hub = "dataset_name" in settings
     dataset = settings.get("dataset_name", "a local folder of images")
     split = settings.get("validation_split") or settings.get("train_split")
@@ -78,7 +84,7 @@ def model_card(
         pipeline_tag="image-to-image",
         datasets=[dataset] if is_on_hub else None,
         tags=["ctrl-csc", "sparse-coding", "closed-loop-transcription", "rate-reduction", "autoencoder", "diffusers"],
-        model_name=repo_id.split("/")[-1],
+        model_name=repo_id.split("/")[-1] if is_on_hub and results else None,  # of model-index alone
         eval_results=[
             EvalResult(
                 task_type="image-to-image",
@@ -91,7 +97,7 @@ def model_card(
             )
             for name, kind, _, value in results
         ]
-        if is_on_hub
+        if is_on_hub and results
         else None,
         widget=[{"src": path, "example_title": Path(path).stem} for path in examples] or None,
     )
@@ -99,27 +105,50 @@ def model_card(
     return ModelCard.from_template(
         card_data,
         template_str=(MODEL_CARDS / "template.md").read_text(),
-        model_name=card_data.model_name,
+        model_name=repo_id.split("/")[-1],
         published=published,
         repo_id=repo_id,
         picture=grid,
-        image_size=config.image_size,
-        latent_dim=config.latent_dim,
-        num_stages=len(config.stage_channels),
-        num_iterations=config.num_iterations,
-        sparsity=config.sparsity,
+        figure=FIGURE,
+        config=config,
         stage_channels=", ".join(map(str, config.stage_channels)),
         parameters=sum(parameter.numel() for parameter in model.parameters()),
-        objective=settings.get("objective", "binary"),
-        utility=UTILITIES[settings.get("objective", "binary")],
-        decoder_consistency=settings.get("decoder_consistency", "w_g"),
+        distortion=settings.get("distortion"),
+        game=_game(settings) if settings else GAME,
+        labels="J alone uses labels" if settings.get("objective") == "multi" else "none uses labels",
+        continued=continued,
         settings=settings,
         dataset=f"`{dataset}`" if is_on_hub else dataset,
         dataset_licence=LICENCES.get(dataset),
         results=[(name, text) for name, _, text, _ in results],
-        results_on=f"held-out images of {dataset} ({split})",
+        results_on=(
+            f"{settings.get('num_validation_images', '')} held-out images of {dataset} ({split})"
+            if settings
+            else "held-out images of an unknown data set"
+        ),
         biases=BIASES.get(dataset, OTHER_BIASES),
     )
+
+
+def _game(settings: dict[str, Any]) -> str:
+    """What the players minimise, by the settings of train.py; the formulas are closed_loop.py's."""
+
+    def loss(start: str, terms: tuple[tuple[str, str], ...]) -> str:
+        weighted = [f"{settings[name]:g} {term}" for name, term in terms if settings.get(name)]
+        return " + ".join([start, *weighted])
+
+    encoder = loss("-J", (("encoder_consistency", "S"), ("augmentation_consistency", "S_a"), ("energy", "E")))
+    decoder = loss("J", (("decoder_consistency", "S"),))
+    utility = UTILITIES[settings.get("objective", "binary")]
+    text = f"With J = {utility}, the encoder minimises {encoder}, the decoder {decoder}"
+    distance = {"cosine": "1 - cos(z_i, zh_i)", "rate": "dR(z_i, zh_i)"}[settings.get("consistency", "cosine")]
+    if " S" in encoder + decoder:
+        text += f"; S is the mean of {distance}"
+    if " S_a" in encoder:
+        text += ", S_a the same between the latents of images and of augmented ones"
+    if " E" in encoder:
+        text += "; E is the energy above, of all stages, per pixel"
+    return text
 
 
 def public_settings(checkpoint: Path | None) -> dict[str, Any]:
@@ -128,7 +157,8 @@ def public_settings(checkpoint: Path | None) -> dict[str, Any]:
         key: value for key, value in _read(checkpoint, "training_args.json").items() if key not in LOCAL_FOLDERS
     }
     for key in ("dataset_name", "pretrained_model_name_or_path"):
-        if not re.fullmatch(r"\w[\w.-]*(/[\w.-]+)?", settings.get(key) or ""):  # not the name of a Hub repository
+        value = settings.get(key) or ""
+        if Path(value).exists() or not re.fullmatch(r"\w[\w.-]*(/[\w.-]+)?", value):  # no name of a Hub repository
             settings.pop(key, None)
     return settings
 

@@ -355,15 +355,15 @@ class CtrlCscModel(CtrlCscPreTrainedModel):
         """Latents (n, latent_dim) -> reconstruction (n, num_channels, image_size, image_size) in [-1, 1]."""
         return self.decoder(latents)
 
-    def export(self, folder: str, **card: Any) -> None:
+    def export(self, folder: str, **keywords: Any) -> None:
         """Writes the folder of a Hub repository, as `ctrl_csc_hf.hub.export` says; that package must be installed.
 
         Args:
             folder: where to.
-            card: what the card tells, by that function's keywords.
+            keywords: that function's, such as `repo_id`, which the card tells.
         """
         # Not an import statement: this file also runs from a repository, where all that it imports must be.
-        importlib.import_module("ctrl_csc_hf.hub").export(self, folder, **card)
+        importlib.import_module("ctrl_csc_hf.hub").export(self, folder, **keywords)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         """Moves or casts, and ties again: torch keeps a shared parameter shared, but not a shared buffer."""

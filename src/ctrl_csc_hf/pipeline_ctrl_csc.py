@@ -143,7 +143,7 @@ class CtrlCscPipeline(DiffusionPipeline):
 
         The package ctrl_csc_hf must be installed. `ctrl-csc publish` uploads.
         """
-        self.model.export(save_directory)
+        self.model.export(save_directory, image_processor=self.image_processor)
 
     def _preprocess(self, image: Any) -> Tensor:
         pixel_values = self.image_processor(image, return_tensors="pt").pixel_values
