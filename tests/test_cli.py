@@ -1,5 +1,11 @@
 """ctrl-csc, as a user types it."""
 
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -83,3 +89,88 @@ def test_what_reconstruct_cannot_take_is_said_in_words(
     assert result.exit_code == 2
     words = " ".join(result.output.replace("│", " ").split())
     assert message in words, words
+
+
+def harmed(folder: Path, model_folder: Path, harm: str) -> Path:
+    """The model's folder with one thing wrong."""
+    shutil.copytree(model_folder, folder)
+    config, weights = folder / "config.json", folder / "model.safetensors"
+    if harm == "no processor":
+        (folder / "preprocessor_config.json").unlink()
+    elif harm == "cut off":
+        weights.write_bytes(weights.read_bytes()[:-50])
+    elif harm == "other size":
+        config.write_text(config.read_text().replace('"latent_dim": 8', '"latent_dim": 9'))
+    elif harm == "foreign code":
+        content = {"model_type": "foreign", "auto_map": {"AutoConfig": "x.Config", "AutoModel": "x.Model"}}
+        config.write_text(json.dumps(content))
+        (folder / "x.py").write_text("raise SystemExit('foreign code ran')")
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("command", "harm", "message"),
+    [
+        ("reconstruct", "no processor", "Invalid value for --model: must hold an image processor beside its model"),
+        ("demo", "no processor", "Invalid value for --model: must hold an image processor beside its model"),
+        ("reconstruct", "cut off", "Invalid value for --model: must be a folder or a Hub repository with a CTRL-CSC"),
+        ("demo", "cut off", "Invalid value for --model: must be a folder or a Hub repository with a CTRL-CSC model"),
+        ("publish", "cut off", "Invalid value for CHECKPOINT: must be a folder or a Hub repository with a CTRL-CSC"),
+        ("publish", "other size", "Invalid value for CHECKPOINT: must be a folder or a Hub repository with a CTRL-CSC"),
+        ("reconstruct", "foreign code", "Invalid value for --model: must be a folder or a Hub repository with a"),
+        ("publish", "foreign code", "Invalid value for CHECKPOINT: must be a folder or a Hub repository with a"),
+    ],
+)
+def test_a_model_that_does_not_load_is_named_by_the_argument_that_gave_it(
+    command: str, harm: str, message: str, model_folder: Path, photos: list[str], tmp_path: Path
+) -> None:
+    folder = str(harmed(tmp_path / "harmed", model_folder, harm))
+    arguments = {
+        "reconstruct": [photos[0], "--model", folder],
+        "demo": ["--model", folder],
+        "publish": [folder, "--repo_id", "org/name", "--dry_run", str(tmp_path / "out")],
+    }
+    result = CliRunner().invoke(app, [command, *arguments[command]])
+    assert result.exit_code == 2
+    words = " ".join(result.output.replace("│", " ").split())
+    assert message in words and "foreign code ran" not in words
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--repo_id", "name", "--dry_run", "{out}"], "repo_id must be ORGANIZATION/NAME, got 'name'"),
+        (["--repo_id", "a/b/c", "--dry_run", "{out}"], "'a/b/c'"),
+        (["--repo_id", "a/b/c"], "'a/b/c'"),
+        (["--repo_id", "org/name", "--dry_run", "{model}"], "folder must be another one than the checkpoint's"),
+        (["--repo_id", "org/name"], "does not answer"),
+    ],
+)
+def test_what_publish_cannot_do_is_one_line(flags: list[str], message: str, model_folder: Path, tmp_path: Path) -> None:
+    names = {"out": tmp_path / "out", "model": model_folder}
+    command = [str(Path(sys.executable).parent / "ctrl-csc"), "publish", str(model_folder)]
+    result = subprocess.run(
+        [*command, *(flag.format(**names) for flag in flags)],
+        env={**os.environ, "HF_ENDPOINT": "http://127.0.0.1:9", "HF_TOKEN": "hf_test", "HF_HUB_OFFLINE": "0"},
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode == 1
+    (line,) = (line for line in result.stderr.splitlines() if line.startswith("Error: "))
+    assert message in line and "Traceback" not in result.stderr
+
+
+def test_a_port_in_use_is_said(model_folder: Path) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        result = CliRunner().invoke(app, ["demo", "--model", str(model_folder), "--port", str(port)])
+    assert result.exit_code == 2 and f"must be a free port, got {port}" in " ".join(result.output.split())
+
+
+def test_without_gradio_the_demo_names_the_extra(model_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "gradio", None)
+    result = CliRunner().invoke(app, ["demo", "--model", str(model_folder)])
+    assert result.exit_code == 1 and "the demo needs gradio: pip install ctrl-csc-hf[demo]" in result.output

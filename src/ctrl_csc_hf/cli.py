@@ -2,11 +2,14 @@
 
 import runpy
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, NoReturn
 
 import torch
 import typer
-from huggingface_hub import snapshot_download
+from huggingface_hub import constants, snapshot_download
+
+# httpx's, under whichever of its names huggingface_hub has it.
+from huggingface_hub.errors import HTTPError  # type: ignore[attr-defined]
 from PIL import Image, UnidentifiedImageError
 from transformers import AutoModel
 
@@ -40,8 +43,7 @@ def reconstruct(
     """Writes the images above their reconstructions, and prints the PSNR of each, at the model's size."""
     if output.suffix.lower() != ".png":
         raise typer.BadParameter(f"must end in .png, got {output}", param_hint="--output")
-    loaded = _load_model(model)
-    processor = CtrlCscImageProcessor.from_pretrained(model)
+    loaded, processor = _load_model(model, "--model"), _load_image_processor(model)
     originals = processor([_open_image(path) for path in images], return_tensors="pt").pixel_values
     with torch.inference_mode():
         reconstructions = torch.cat([loaded(batch).reconstruction for batch in originals.split(64)])
@@ -62,12 +64,17 @@ def publish(
     dry_run: Annotated[Path | None, typer.Option("--dry_run", help="Write the folder here; upload nothing.")] = None,
 ) -> None:
     """Publishes a checkpoint as a Hub repository, with its code, its model card and an endpoint handler."""
-    model = _load_model(str(checkpoint))
-    if dry_run is not None:
-        hub.export(model, dry_run, repo_id=repo_id, checkpoint=checkpoint, license=license)
-        typer.echo(f"Written, not uploaded: {dry_run}")
-    else:
-        typer.echo(f"Published: {hub.publish(checkpoint, repo_id, private=private, license=license)}")
+    model = _load_model(str(checkpoint), "CHECKPOINT")
+    try:
+        if dry_run is not None:
+            hub.export(model, dry_run, repo_id=repo_id, checkpoint=checkpoint, license=license)
+            typer.echo(f"Written, not uploaded: {dry_run}")
+        else:
+            typer.echo(f"Published: {hub.publish(checkpoint, repo_id, private=private, license=license)}")
+    except (OSError, ValueError) as error:  # what the Hub refuses is an OSError
+        _stop(str(error))
+    except HTTPError as error:
+        _stop(f"the Hub at {constants.ENDPOINT} does not answer: {error}")
 
 
 @app.command()
@@ -76,29 +83,49 @@ def demo(
     port: Annotated[int, typer.Option(help="Of the page, on this machine.")] = 7860,
 ) -> None:
     """Starts the page of the Space spaces/ctrl-csc on a model: reconstructions, codes, interpolation."""
-    from .pipeline_ctrl_csc import CtrlCscPipeline  # diffusers and gradio are of the extra `demo`
+    loaded, processor = _load_model(model, "--model"), _load_image_processor(model)
+    try:
+        build = runpy.run_path(str(SPACE / "app.py"))["build"]
+        from .pipeline_ctrl_csc import CtrlCscPipeline
+    except ModuleNotFoundError as error:
+        _stop(f"the demo needs {error.name}: pip install ctrl-csc-hf[demo]")
 
-    pipe = CtrlCscPipeline(_load_model(model), CtrlCscImageProcessor.from_pretrained(model))
     folder = Path(model) if Path(model).is_dir() else Path(snapshot_download(model))
     examples = sorted(str(path) for path in folder.glob("examples/*.png"))
-    page = runpy.run_path(str(SPACE / "app.py"))["build"](pipe, examples)
-    page.launch(server_name="127.0.0.1", server_port=port, max_file_size="10mb", allowed_paths=[str(folder)])
-
-
-def _load_model(path_or_repository: str) -> CtrlCscModel:
+    page = build(CtrlCscPipeline(loaded, processor), examples)
     try:
-        model = AutoModel.from_pretrained(path_or_repository)
-    except (OSError, ValueError) as error:
+        page.launch(server_name="127.0.0.1", server_port=port, max_file_size="10mb", allowed_paths=[str(folder)])
+    except OSError as error:
+        raise typer.BadParameter(f"must be a free port, got {port}: {error}", param_hint="--port") from error
+
+
+def _stop(message: str) -> NoReturn:
+    typer.echo(f"Error: {message}", err=True)
+    raise typer.Exit(1)
+
+
+def _load_model(path_or_repository: str, argument: str) -> CtrlCscModel:
+    try:
+        model = AutoModel.from_pretrained(path_or_repository, trust_remote_code=False)
+    except (OSError, ValueError, RuntimeError) as error:  # transformers' for tensors of other shapes is the last
         raise typer.BadParameter(
             f"must be a folder or a Hub repository with a CTRL-CSC model, got {path_or_repository!r}: {error}",
-            param_hint="--model",
+            param_hint=argument,
         ) from error
     if not isinstance(model, CtrlCscModel):
         raise typer.BadParameter(
-            f"must hold a CTRL-CSC model, got {type(model).__name__} in {path_or_repository!r}",
-            param_hint="--model",
+            f"must hold a CTRL-CSC model, got {type(model).__name__} in {path_or_repository!r}", param_hint=argument
         )
     return model.eval()
+
+
+def _load_image_processor(path_or_repository: str) -> CtrlCscImageProcessor:
+    try:
+        return CtrlCscImageProcessor.from_pretrained(path_or_repository)
+    except OSError as error:
+        raise typer.BadParameter(
+            f"must hold an image processor beside its model, got {path_or_repository!r}: {error}", param_hint="--model"
+        ) from error
 
 
 def _open_image(path: Path) -> Image.Image:
