@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from conftest import load_script
+from hub_server import HubServer
 from PIL import Image
 from transformers import HfArgumentParser
 
@@ -60,12 +61,23 @@ def test_reconstruct_command_runs(folder: Path) -> None:
     assert (folder / "reconstruction.png").exists()
 
 
-def test_publish_command_runs_and_writes_what_would_be_uploaded(folder: Path) -> None:
-    (command,) = (command for command in COMMANDS if command.startswith("ctrl-csc publish"))
-    assert "Written, not uploaded: repository" in run(shlex.split(command), folder).stdout
-    card = (folder / "repository" / "README.md").read_text()
-    assert 'AutoModel.from_pretrained("org/ctrl-csc-digits", trust_remote_code=True)' in card
-    assert (folder / "repository" / "model.safetensors").is_file()
+def test_publish_commands_write_and_upload_the_same(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    dry, real = (command for command in COMMANDS if command.startswith("ctrl-csc publish"))
+    assert "Written, not uploaded: repository" in run(shlex.split(dry), folder).stdout
+    written = folder / "repository"
+    assert (
+        'AutoModel.from_pretrained("org/ctrl-csc-digits", trust_remote_code=True)'
+        in (written / "README.md").read_text()
+    )
+    with HubServer() as server:
+        for name, value in server.environment(folder / "cache").items():
+            monkeypatch.setenv(name, value)
+        assert f"Published: {server.url}/org/ctrl-csc-digits" in run(shlex.split(real), folder).stdout
+        uploaded = server.files("org/ctrl-csc-digits")
+    del uploaded[".gitattributes"]
+    assert uploaded == {
+        str(path.relative_to(written)): path.read_bytes() for path in written.rglob("*") if path.is_file()
+    }
 
 
 @pytest.mark.parametrize(
