@@ -15,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 import yaml
 from hub_server import HubServer
 from PIL import Image
@@ -117,6 +118,16 @@ def same(page: Page, name: str, expected: Image.Image) -> bool:
     return found.shape == pixels.shape and bool(np.abs(found - pixels).max() <= 1)
 
 
+def maps_in_a_row(codes: torch.Tensor) -> Image.Image:
+    """Codes (C, height, width) as maps from white, zero, to black, the largest; after each a line of a pixel."""
+    shades = 255 * (1 - codes[codes.sum(dim=(1, 2)).argsort(descending=True)] / codes.max())
+    channels, height, width = shades.shape
+    picture = np.full((height + 1, channels * (width + 1), 3), (170, 200, 235), np.uint8)
+    for index, shade in enumerate(shades):
+        picture[:height, index * (width + 1) : index * (width + 1) + width] = shade.round().numpy()[..., None]
+    return Image.fromarray(picture)
+
+
 def upload(page: Page, name: str, path: Path) -> None:
     page.locator(f"#{name} input[type=file]").set_input_files(path)
 
@@ -148,8 +159,12 @@ def test_an_uploaded_picture_is_reconstructed_looked_into_and_interpolated(
             upload(page, "image", photos[0])
             output = pipe(images[0], return_codes=True)
             assert same(page, "reconstruction", output.images[0])
-            original = pipe.image_processor(images[0], return_tensors="pt").pixel_values
-            assert same(page, "original", pipe.image_processor.postprocess(original)[0])
+            pixel_values = pipe.image_processor(images[0], return_tensors="pt").pixel_values
+            (original,) = pipe.image_processor.postprocess(pixel_values)
+            assert same(page, "original", original)
+            pixels = [np.asarray(image).astype(int) for image in (original, output.images[0])]
+            assert same(page, "difference", Image.fromarray(((255 + pixels[0] - pixels[1]) // 2).astype(np.uint8)))
+            assert same(page, "codes", maps_in_a_row(output.codes[0][0]))
 
             for stage, codes in enumerate(output.codes, start=1):
                 page.get_by_role("radio", name=str(stage), exact=True).check()

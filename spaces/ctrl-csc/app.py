@@ -25,8 +25,9 @@ def build(pipe: DiffusionPipeline, examples: list[str]) -> gr.Blocks:
 
     Args:
         pipe: a `CtrlCscPipeline`.
-        examples: image files to pick from, at least two or none.
+        examples: image files to pick from; may be none.
     """
+    pairs = [list(pair) for pair in pairwise(examples)]
     num_stages = len(pipe.model.config.stage_channels)
 
     def reconstruct(image: Image.Image | None, stage: int) -> tuple[Any, ...]:
@@ -87,8 +88,8 @@ def build(pipe: DiffusionPipeline, examples: list[str]) -> gr.Blocks:
                 frame = _shown("Between them", "between")
                 second = _given("Another", "second")
             position = gr.Slider(0, 1, 0.5, step=1 / (NUM_FRAMES - 1), label="Along the great circle of the latents")
-            if examples:
-                gr.Examples([list(pair) for pair in pairwise(examples)], [first, second])
+            if pairs:
+                gr.Examples(pairs, [first, second])
             frames = gr.State([])
             gr.on([first.change, second.change], between, [first, second, position], [frames, frame])
             position.change(pick, [frames, position], frame, show_progress="hidden")
