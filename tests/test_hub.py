@@ -11,13 +11,14 @@ import pytest
 import torch
 import transformers
 from conftest import TRAINING
+from diffusers import DiffusionPipeline
 from hub_server import Blob, HubServer
 from packaging.version import Version
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from test_halves import trained_model
 
-from ctrl_csc_hf import CtrlCscImageProcessor, CtrlCscModel
+from ctrl_csc_hf import CtrlCscDecoder, CtrlCscEncoder, CtrlCscImageProcessor, CtrlCscModel
 from ctrl_csc_hf.hub import export
 
 needs_downloaded_code = pytest.mark.skipif(
@@ -190,7 +191,7 @@ def test_what_cannot_be_written_is_said_before_anything_is(
 @pytest.mark.parametrize(
     ("harm", "message"),
     [
-        (lambda folder: (folder / "model.safetensors").unlink(), "model.safetensors"),
+        (lambda folder: (folder / "model.safetensors").unlink(), "no file named model.safetensors"),
         (lambda folder: (folder / "model.safetensors").write_bytes(b"\x10" * 100), "weights of .* are damaged"),
         (
             lambda folder: (folder / "model.safetensors").write_bytes(
@@ -207,16 +208,18 @@ def test_what_cannot_be_written_is_said_before_anything_is(
                 torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin"),
                 (folder / "model.safetensors").unlink(),
             ),
-            "model.safetensors",
+            "no file named model.safetensors",
         ),
     ],
     ids=["missing", "no safetensors", "cut off", "other model", "pickled only"],
 )
-def test_a_damaged_repository_is_a_clear_error(harm, message: str, tmp_path: Path) -> None:
+def test_a_damaged_repository_is_a_clear_error_at_every_door(harm, message: str, tmp_path: Path) -> None:
     folder = export(trained_model(False, "batch_norm"), tmp_path)
     harm(folder)
-    with pytest.raises((OSError, ValueError), match=message):
-        CtrlCscModel.from_pretrained(folder)
+    for door in (CtrlCscModel, CtrlCscEncoder, CtrlCscDecoder, DiffusionPipeline):
+        flag = {"trust_remote_code": True} if door is DiffusionPipeline else {}
+        with pytest.raises((OSError, ValueError), match=message):
+            door.from_pretrained(folder, **flag)
 
 
 def test_a_missing_tensor_is_reported(tmp_path: Path) -> None:

@@ -80,7 +80,8 @@ class CtrlCscPreTrainedModel(PreTrainedModel):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
-        kwargs.setdefault("use_safetensors", True)  # pickled weights could run code
+        if kwargs.get("use_safetensors") is None:  # as diffusers leaves it
+            kwargs["use_safetensors"] = True  # pickled weights could run code
         try:
             loaded = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
         except SafetensorError as error:
