@@ -9,6 +9,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from accelerate.commands.config.config_args import load_config_from_file
+from accelerate.commands.launch import launch_command_parser
 from conftest import load_script
 from hub_server import HubServer
 from PIL import Image
@@ -108,12 +110,19 @@ def test_commands_in_docs_are_such_commands_with_settings_that_exist() -> None:
         "train": parse_settings,
         "evaluate": HfArgumentParser(load_script("evaluate").EvaluationSettings).parse_args,
     }
-    for page in (ROOT / "docs").glob("*.md"):
+    launches = launch_command_parser()
+    for page in (*(ROOT / "docs").glob("*.md"), ROOT / "training" / "README.md"):
         for block in re.findall(r"```bash\n(.*?)```", page.read_text(), re.DOTALL):
             for command in block.replace("\\\n", " ").splitlines():
-                launcher, script, *flags = re.split(r"\s+(?=training/|--)", command)
-                assert launcher == "accelerate launch"
-                parsers[Path(script).stem](shlex.split(" ".join(flags)))
+                if command.startswith("make bench"):  # tests/test_benchmarks.py
+                    continue
+                program, launch, *words = shlex.split(command)
+                assert (program, launch) == ("accelerate", "launch"), command
+                launched = launches.parse_args(words)
+                parsers[Path(launched.training_script).stem](launched.training_script_args)
+                if launched.config_file:
+                    machines = load_config_from_file(str(ROOT / launched.config_file))
+                    assert machines.num_processes % machines.num_machines == 0
 
 
 def test_no_command_is_left_out() -> None:
