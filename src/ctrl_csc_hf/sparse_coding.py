@@ -13,6 +13,7 @@ from torch import Tensor, library, nn
 STEP_FACTOR = 0.9  # of 1 / |A|^2, the largest step for which FISTA converges
 POWER_ITERATIONS_PER_CHECK = 16
 MAX_POWER_ITERATIONS = 512
+MAX_PIXEL_CHANNELS = 4
 
 
 class ConvolutionalDictionary(nn.Module):
@@ -88,7 +89,7 @@ class ConvolutionalDictionary(nn.Module):
 
     def adjoint(self, signal: Tensor) -> Tensor:
         """A*(x): signal (n, C_signal, H, W) -> (n, C_code, h, w), h = (H + 2 padding - k) // stride + 1."""
-        return F.conv2d(signal, self.dictionary, stride=self.stride, padding=self.padding)
+        return self._correlate(signal, self.dictionary)
 
     def synthesize(self, codes: Tensor, output_size: tuple[int, int] | None = None) -> Tensor:
         """A(z): codes (n, C_code, h, w) -> signal (n, C_signal, H, W).
@@ -107,9 +108,36 @@ class ConvolutionalDictionary(nn.Module):
                 f"output_size must be between {tuple(smallest)} and {tuple(s + self.stride - 1 for s in smallest)} "
                 f"for codes of size {tuple(codes.shape[-2:])}, got {output_size}"
             )
-        return F.conv_transpose2d(
-            codes, self.dictionary, stride=self.stride, padding=self.padding, output_padding=surplus
-        )
+        return self._superpose(codes, self.dictionary, surplus)
+
+    # Both maps, with any atoms. Convolutions of pixels, with their few channels, are slow; there, each stride x stride
+    # block of pixels becomes the channels of one, and the atoms likewise, which leaves a convolution of stride 1.
+
+    def _correlate(self, signal: Tensor, atoms: Tensor, bias: Tensor | None = None) -> Tensor:
+        atoms = atoms.contiguous(memory_format=torch.channels_last)  # the codes' format is theirs, and the faster one
+        if not self._in_blocks:
+            return F.conv2d(signal, atoms, bias, self.stride, self.padding)
+        blocks = F.pixel_unshuffle(F.pad(signal, self._frame(self._surplus(signal))), self.stride)
+        return F.conv2d(blocks, F.pixel_unshuffle(atoms, self.stride), bias)
+
+    def _superpose(self, codes: Tensor, atoms: Tensor, surplus: list[int]) -> Tensor:
+        atoms = atoms.contiguous(memory_format=torch.channels_last)
+        if not self._in_blocks:
+            return F.conv_transpose2d(codes, atoms, None, self.stride, self.padding, surplus)
+        blocks = F.conv_transpose2d(codes, F.pixel_unshuffle(atoms, self.stride))
+        return F.pad(F.pixel_shuffle(blocks, self.stride), [-width for width in self._frame(surplus)])
+
+    @property
+    def _in_blocks(self) -> bool:
+        return self.signal_channels <= MAX_PIXEL_CHANNELS and self.stride > 1 and self.kernel_size % self.stride == 0
+
+    def _surplus(self, signal: Tensor) -> list[int]:
+        """Rows and columns at the end of a signal that no atom reaches."""
+        return [(side + 2 * self.padding - self.kernel_size) % self.stride for side in signal.shape[-2:]]
+
+    def _frame(self, surplus: list[int]) -> list[int]:
+        """What the atoms' reach adds to a signal on the left, right, top and bottom; negative where they miss it."""
+        return [self.padding, self.padding - surplus[1], self.padding, self.padding - surplus[0]]
 
 
 class ConvolutionalSparseCoding(ConvolutionalDictionary):
@@ -179,18 +207,30 @@ class ConvolutionalSparseCoding(ConvolutionalDictionary):
         if size != self.signal_size:
             self.update_operator_norm(size)
         step = STEP_FACTOR / self.operator_norm.square()  # a tensor: reading its value would make a GPU wait
-        codes = self.proximal(step * self.adjoint(signal), step)
+        # The proximal map is that of `proximal`, but passes over the codes cost time: step size and shrinkage are part
+        # of the atoms here, the threshold of non-negative codes is a bias, and sums happen in place.
+        shrinkage = 1 / (1 + step * self.ridge)
+        threshold = shrinkage * step * self.sparsity
+        bias = -threshold.expand(self.code_channels) if self.nonnegative else None
+        dictionary = self.dictionary.contiguous(memory_format=torch.channels_last)
+        ascent, descent = shrinkage * step * dictionary, -dictionary
+
+        codes = self._shrink_(self._correlate(signal, ascent, bias), threshold)
         momentum, previous = 1.0, codes  # t_1 = 1, so the second step has no momentum
         for _ in range(self.num_iterations - 1):
             next_momentum = (1 + (1 + 4 * momentum**2) ** 0.5) / 2
             extrapolated = codes
             if momentum > 1:
-                extrapolated = codes + (momentum - 1) / next_momentum * (codes - previous)
-            residual = signal - self.synthesize(extrapolated, size)
+                extrapolated = torch.lerp(previous, codes, 1 + (momentum - 1) / next_momentum)
+            residual = self._superpose(extrapolated, descent, self._surplus(signal)).add_(signal)
+            kept = shrinkage * extrapolated if self.ridge else extrapolated
             previous = codes
-            codes = self.proximal(extrapolated + step * self.adjoint(residual), step)
+            codes = self._shrink_(self._correlate(residual, ascent, bias).add_(kept), threshold)
             momentum = next_momentum
         return codes
+
+    def _shrink_(self, codes: Tensor, threshold: Tensor) -> Tensor:
+        return F.relu_(codes) if self.nonnegative else codes - codes.clamp(-threshold, threshold)
 
     def proximal(self, codes: Tensor, step: Tensor) -> Tensor:
         """argmin over z (z >= 0 where `nonnegative`) of step (lambda |z|_1 + mu/2 |z|^2) + 1/2 |z - codes|^2."""
