@@ -42,18 +42,23 @@ class BatchNorm(nn.Module):
         self, codes: Tensor, update_statistics: bool, statistics: tuple[Tensor, Tensor] | None = None
     ) -> Tensor:
         """Normalises by the running statistics; in training by `statistics` (mean, variance), else by the batch's."""
-        mean, variance = self.running_mean, self.running_var
-        own = self.training and statistics is None
-        if statistics is not None:
-            mean, variance = statistics
-        elif self.training and self.sum_over_processes is not None:
-            return self._normalize_over_processes(codes, update_statistics, self.sum_over_processes)
-        elif self.training:
-            var_mean = torch.var_mean(codes.detach().to(variance.dtype), dim=(0, 2, 3), correction=0)
-            self.batch_statistics = (var_mean[1], var_mean[0])
-            if not update_statistics:
-                mean, variance = mean.clone(), variance.clone()
-        return F.batch_norm(codes, mean, variance, self.weight, self.bias, own, self.momentum, self.eps)
+        if self.training and statistics is None:
+            if self.sum_over_processes is not None:
+                return self._normalize_over_processes(codes, update_statistics, self.sum_over_processes)
+            return self._normalize_by_batch(codes, update_statistics)
+        mean, variance = statistics or (self.running_mean, self.running_var)
+        return F.batch_norm(codes, mean, variance, self.weight, self.bias, eps=self.eps)
+
+    def _normalize_by_batch(self, codes: Tensor, update_statistics: bool) -> Tensor:
+        # With a momentum of 1 these "running" statistics come out as the batch's: no second pass over the codes.
+        mean, variance = torch.zeros_like(self.running_mean), torch.zeros_like(self.running_var)
+        normalized = F.batch_norm(codes, mean, variance, self.weight, self.bias, True, 1.0, self.eps)
+        count = codes.numel() // codes.shape[1]
+        self.batch_statistics = (mean, variance * ((count - 1) / count))
+        if update_statistics:
+            self.running_mean.lerp_(mean, self.momentum)
+            self.running_var.lerp_(variance, self.momentum)
+        return normalized
 
     def _normalize_over_processes(
         self, codes: Tensor, update_statistics: bool, sum_over_processes: Callable[[Tensor], Tensor]

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, library, nn
 
 STEP_FACTOR = 0.9  # of 1 / |A|^2, the largest step for which FISTA converges
-POWER_ITERATIONS_PER_CHECK = 16
+POWER_ITERATIONS_PER_CHECK = 8
 MAX_POWER_ITERATIONS = 512
 MAX_PIXEL_CHANNELS = 4
 
@@ -74,15 +74,16 @@ class ConvolutionalDictionary(nn.Module):
         An atom of norm zero, which has no direction, is left at zero.
         """
         norm = self._atom_norms()
-        scale = torch.where(self._is_unit(norm) | (norm == 0), 1.0, norm)
-        self.dictionary.copy_(self.dictionary.double() / scale[:, None, None, None])
+        scale = torch.where(self._is_unit(norm) | (norm == 0), 1.0, norm)[:, None, None, None]
+        precision = torch.promote_types(self.dictionary.dtype, torch.float32)
+        self.dictionary.copy_(self.dictionary.to(precision) / scale.to(precision))
 
     def has_unit_atoms(self) -> bool:
         """Whether every atom has unit norm up to rounding in the dictionary's precision."""
         return bool(self._is_unit(self._atom_norms()).all())
 
     def _atom_norms(self) -> Tensor:
-        return torch.linalg.vector_norm(self.dictionary.detach().double().flatten(1), dim=1)
+        return torch.linalg.vector_norm(self.dictionary.detach(), dim=(1, 2, 3), dtype=torch.float64)
 
     def _is_unit(self, norm: Tensor) -> Tensor:
         return (norm - 1).abs() <= 8 * torch.finfo(self.dictionary.dtype).eps
@@ -294,7 +295,7 @@ def _power_iteration(dictionary: Tensor, vector: Tensor, stride: int, padding: i
                 codes = F.conv2d(vector / torch.linalg.vector_norm(vector), dictionary, None, stride, padding)
                 vector = F.conv_transpose2d(codes, dictionary, None, stride, padding, surplus)
             norm = torch.linalg.vector_norm(codes)
-            if norm - previous <= 3e-4 * norm:
+            if norm - previous <= 1.5e-4 * norm:
                 break
     return norm, vector
 
