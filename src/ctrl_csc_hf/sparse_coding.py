@@ -6,14 +6,22 @@ synthesis. Dai et al., "Revisiting Sparse Convolutional Model for Visual Recogni
 (arXiv 2210.12945); FISTA: Beck and Teboulle, SIAM J. Imaging Sciences 2(1), 2009.
 """
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, library, nn
+from torch.autograd.function import once_differentiable
 
 STEP_FACTOR = 0.9  # of 1 / |A|^2, the largest step for which FISTA converges
 POWER_ITERATIONS_PER_CHECK = 8
 MAX_POWER_ITERATIONS = 512
 MAX_PIXEL_CHANNELS = 4
+GRADIENTS = ("unrolled", "implicit")
+IMPLICIT_DISTANCE = 0.1  # of the codes from the minimiser, relative: up to it the implicit gradient is taken
+IMPLICIT_RESIDUAL = 1e-4  # of its linear system, relative
+MAX_CONJUGATE_GRADIENTS = 200
 
 
 class ConvolutionalDictionary(nn.Module):
@@ -150,6 +158,9 @@ class ConvolutionalSparseCoding(ConvolutionalDictionary):
         ridge: mu, the weight of |z|^2 / 2.
         num_iterations: steps of FISTA from zero, each of size 0.9 / |A|^2.
         nonnegative: whether codes are restricted to z >= 0.
+        gradient: "unrolled" differentiates the steps of FISTA, and keeps them all in memory; "implicit" the
+            minimiser that they approach, in memory that does not grow with their number. It needs a ridge, and codes
+            within 10% of the minimiser.
 
     Attributes:
         operator_norm: buffer, the largest singular value of A as an operator on signals of the size in
@@ -175,17 +186,23 @@ class ConvolutionalSparseCoding(ConvolutionalDictionary):
         ridge: float = 0.0,
         num_iterations: int = 2,
         nonnegative: bool = True,
+        gradient: str = "unrolled",
     ) -> None:
         for name, value in (("sparsity", sparsity), ("ridge", ridge)):
             if not 0 <= value < float("inf"):
                 raise ValueError(f"{name} must be a finite number of at least 0, got {value!r}")
         if num_iterations < 1:
             raise ValueError(f"num_iterations must be at least 1, got {num_iterations!r}")
+        if gradient not in GRADIENTS:
+            raise ValueError(f"gradient must be one of {GRADIENTS}, got {gradient!r}")
+        if gradient == "implicit" and ridge == 0:
+            raise ValueError("ridge must be above 0 for gradient='implicit', got 0: the system may be singular")
         super().__init__(signal_channels, code_channels, kernel_size, stride, padding)
         self.sparsity = sparsity
         self.ridge = ridge
         self.num_iterations = num_iterations
         self.nonnegative = nonnegative
+        self.gradient = gradient
         self.register_buffer("operator_norm", torch.zeros(()))
         self.register_buffer("singular_vector", torch.zeros(1, signal_channels, 0, 0))
         self.register_load_state_dict_pre_hook(_adopt_saved_signal_size)
@@ -193,7 +210,7 @@ class ConvolutionalSparseCoding(ConvolutionalDictionary):
     def extra_repr(self) -> str:
         return (
             f"{super().extra_repr()}, sparsity={self.sparsity}, ridge={self.ridge}, "
-            f"num_iterations={self.num_iterations}, nonnegative={self.nonnegative}"
+            f"num_iterations={self.num_iterations}, nonnegative={self.nonnegative}, gradient={self.gradient!r}"
         )
 
     def forward(self, signal: Tensor) -> Tensor:
@@ -203,10 +220,19 @@ class ConvolutionalSparseCoding(ConvolutionalDictionary):
         """z(x): signal (n, C_signal, H, W) -> codes (n, C_code, h, w), h = (H + 2 padding - k) // stride + 1.
 
         The gradient of FISTA is taken at the extrapolated point. No gradient flows through the step size.
+
+        Raises:
+            RuntimeError: for gradient="implicit", if the codes may be further from the minimiser than it allows; from
+                the backward pass, if conjugate gradients do not reach their residual.
         """
         size = (signal.shape[-2], signal.shape[-1])
         if size != self.signal_size:
             self.update_operator_norm(size)
+        if self.gradient == "implicit" and torch.is_grad_enabled():
+            return self._encode_implicitly(signal)
+        return self._iterate(signal)
+
+    def _iterate(self, signal: Tensor) -> Tensor:
         step = STEP_FACTOR / self.operator_norm.square()  # a tensor: reading its value would make a GPU wait
         # The proximal map is that of `proximal`, but passes over the codes cost time: step size and shrinkage are part
         # of the atoms here, the threshold of non-negative codes is a bias, and sums happen in place.
@@ -229,6 +255,29 @@ class ConvolutionalSparseCoding(ConvolutionalDictionary):
             codes = self._shrink_(self._correlate(residual, ascent, bias).add_(kept), threshold)
             momentum = next_momentum
         return codes
+
+    def _encode_implicitly(self, signal: Tensor) -> Tensor:
+        """Codes z whose gradient is that of a fixed point, z = prox(z + step A*(x - A z)).
+
+        On the support S of z, A_S*(x - A_S z) - mu z - lambda sign(z) = 0. Its differential gives, for a gradient v of
+        the codes, u with (A_S* A_S + mu) u = v on S, and the gradient of x and A is that of <u, A*(x - A z)> at fixed z.
+        """
+        with torch.autocast(signal.device.type, enabled=False):
+            signal = signal.to(self.dictionary.dtype)
+            with torch.no_grad():
+                codes = self._iterate(signal)
+            correlation = self.adjoint(signal - self._superpose(codes, self.dictionary, self._surplus(signal)))
+            with torch.no_grad():
+                step = STEP_FACTOR / self.operator_norm.square()
+                moved = torch.linalg.vector_norm(self.proximal(codes + step * correlation, step) - codes)
+                # A step contracts distances by 1 / (1 + step mu) or more.
+                distance = moved * (1 + 1 / (step * self.ridge)) / torch.linalg.vector_norm(codes).clamp(min=1e-12)
+            if not distance <= IMPLICIT_DISTANCE:
+                raise RuntimeError(
+                    f"codes may be {distance.item():.2g} of their norm away from the minimiser, the implicit gradient "
+                    f"allows {IMPLICIT_DISTANCE}: raise num_iterations={self.num_iterations} or ridge={self.ridge}"
+                )
+            return _ImplicitGradient.apply(correlation, codes, self.dictionary.detach(), self)
 
     def _shrink_(self, codes: Tensor, threshold: Tensor) -> Tensor:
         return F.relu_(codes) if self.nonnegative else codes - codes.clamp(-threshold, threshold)
@@ -279,6 +328,51 @@ class ConvolutionalSparseCoding(ConvolutionalDictionary):
         """A start for the power iteration: holds every frequency, and leaves the random generator alone."""
         index = torch.arange(self.signal_channels * size[0] * size[1], device=self.dictionary.device)
         return torch.cos(0.7 * (index % 1021).square()).view(1, self.signal_channels, *size)
+
+
+class _ImplicitGradient(torch.autograd.Function):
+    """The codes, as a function of A*(x - A z); see `ConvolutionalSparseCoding._encode_implicitly`."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, correlation: Tensor, codes: Tensor, dictionary: Tensor, stage: ConvolutionalSparseCoding
+    ) -> Tensor:
+        ctx.save_for_backward(codes, dictionary)
+        ctx.stage, ctx.size = stage, stage.signal_size
+        return codes.clone()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        codes, dictionary = ctx.saved_tensors
+        support = codes != 0
+        surplus = ctx.stage._surplus(codes.new_empty(0, 0, *ctx.size))
+
+        def operator(u: Tensor) -> Tensor:
+            synthesis = ctx.stage._superpose(u, dictionary, surplus)
+            return ctx.stage._correlate(synthesis, dictionary) * support + ctx.stage.ridge * u
+
+        return _conjugate_gradients(operator, gradients[0] * support), None, None, None
+
+
+def _conjugate_gradients(operator: Callable[[Tensor], Tensor], target: Tensor) -> Tensor:
+    """u with operator(u) = target up to `IMPLICIT_RESIDUAL` of its norm, for a positive definite operator."""
+    solution, residual = torch.zeros_like(target), target.clone()
+    direction, squared = residual.clone(), residual.square().sum()
+    goal = IMPLICIT_RESIDUAL**2 * squared
+    for _ in range(MAX_CONJUGATE_GRADIENTS):
+        if squared <= goal:
+            return solution
+        applied = operator(direction)
+        length = squared / (direction * applied).sum()
+        solution += length * direction
+        residual -= length * applied
+        previous, squared = squared, residual.square().sum()
+        direction = residual + squared / previous * direction
+    raise RuntimeError(
+        f"the implicit gradient's residual is {(squared / goal).sqrt() * IMPLICIT_RESIDUAL:.1e} after "
+        f"{MAX_CONJUGATE_GRADIENTS} conjugate gradients, {IMPLICIT_RESIDUAL} is needed: raise the ridge"
+    )
 
 
 # An operator of its own, so that torch.compile neither unrolls the iteration nor stumbles over its stopping rule.

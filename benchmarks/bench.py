@@ -1,0 +1,124 @@
+"""Times this package against the plain ways to do the same; docs/performance.md explains the table.
+
+    python benchmarks/bench.py [--device cuda] [--only NAME ...] [--output FILE] [--short]
+
+The two of a pair run alternately in one process. Printed and written as JSON: the median time of each, and the median
+of the ratios of neighbouring runs.
+"""
+
+import argparse
+import json
+import platform
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from datetime import date
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+
+@dataclass(frozen=True)
+class Bench:
+    """How to measure.
+
+    repeats: timed runs of each of a pair, after one that is not timed.
+    short: tiny sizes, for a test of the command; its times mean nothing.
+    """
+
+    device: torch.device
+    repeats: int
+    short: bool
+
+    def pair(self, ours: Callable[[], Any], rival: Callable[[], Any]) -> dict[str, float]:
+        """Seconds of each, and how many times as long the rival takes: medians over alternate runs."""
+        ours(), rival()
+        times = [(self.time(ours), self.time(rival)) for _ in range(self.repeats)]
+        return {
+            "ours_s": statistics.median(a for a, _ in times),
+            "rival_s": statistics.median(b for _, b in times),
+            "ratio": statistics.median(b / a for a, b in times),
+        }
+
+    def time(self, function: Callable[[], Any]) -> float:
+        """Seconds of one run, to the end of what it started on a GPU."""
+        self._wait()
+        start = time.perf_counter()
+        function()
+        self._wait()
+        return time.perf_counter() - start
+
+    def _wait(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+
+
+@dataclass
+class Row:
+    """A line of the table: what was compared, in which setting; by how much the rival is slower, and what was hoped.
+
+    difference: between the values of the two, as the comparison defines it; None where they compute different things.
+    figures: what else the comparison reports, by name with unit.
+    """
+
+    comparison: str
+    setting: str
+    ours_s: float
+    rival_s: float
+    ratio: float
+    goal: float | None = None
+    difference: float | None = None
+    figures: dict[str, float] = field(default_factory=dict)
+
+
+def machine(device: torch.device) -> dict[str, Any]:
+    """What the figures depend on, by name."""
+    processor = platform.processor() or platform.machine()
+    if Path("/proc/cpuinfo").exists():
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        processor = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), processor)
+    return {
+        "date": date.today().isoformat(),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else processor,
+        "threads": torch.get_num_threads(),
+        "versions": {"python": platform.python_version()}
+        | {package: version(package) for package in ("torch", "transformers", "diffusers", "ctrl-csc-hf")},
+    }
+
+
+def as_table(rows: list[Row]) -> str:
+    lines = ["| comparison | setting | ours, ms | rival, ms | ratio | goal | difference | also |", "|" + " --- |" * 8]
+    for row in rows:
+        goal = "" if row.goal is None else f"{row.goal:.3g} {'reached' if row.ratio >= row.goal else 'missed'}"
+        difference = "" if row.difference is None else f"{row.difference:.0e}"
+        figures = ", ".join(f"{name} {value:.4g}" for name, value in row.figures.items())
+        times = f"{row.ours_s * 1e3:.2f} | {row.rival_s * 1e3:.2f} | {row.ratio:.2f}"
+        lines.append(f"| {row.comparison} | {row.setting} | {times} | {goal} | {difference} | {figures} |")
+    return "\n".join(lines)
+
+
+def main(arguments: list[str] | None = None) -> dict[str, Any]:
+    from comparisons import COMPARISONS
+
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", type=torch.device, default=torch.device("cpu"))
+    parser.add_argument("--only", nargs="+", choices=list(COMPARISONS), default=list(COMPARISONS))
+    parser.add_argument("--output", type=Path, default=Path("benchmarks/results.json"))
+    parser.add_argument("--short", action="store_true", help="tiny sizes: tests the command, times mean nothing")
+    options = parser.parse_args(arguments)
+    bench = Bench(options.device, repeats=2 if options.short else 9, short=options.short)
+    rows: list[Row] = []
+    for name in options.only:
+        torch.manual_seed(0)
+        rows += COMPARISONS[name](bench)
+    results = {"machine": machine(options.device), "repeats": bench.repeats, "rows": [asdict(row) for row in rows]}
+    print(as_table(rows))
+    options.output.write_text(json.dumps(results, indent=1) + "\n")
+    return results
+
+
+if __name__ == "__main__":
+    main()
