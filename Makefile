@@ -1,11 +1,15 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test lint clean
+.PHONY: bench demo test lint clean
 
 # Trains on the embedded images and writes the results into demo/.
 demo: .venv/.installed
 	$(BIN)/python training/demo.py
+
+# Times this package against its rivals and writes benchmarks/results.json; docs/performance.md says more.
+bench: .venv/.installed
+	$(BIN)/python benchmarks/bench.py $(BENCH)
 
 test: lint
 	$(BIN)/pytest

@@ -8,7 +8,7 @@ import torch
 from sklearn.linear_model import ElasticNet, Lasso
 from torch.autograd import gradcheck
 
-from ctrl_csc_hf import ConvolutionalDictionary, ConvolutionalSparseCoding
+from ctrl_csc_hf import ConvolutionalDictionary, ConvolutionalSparseCoding, sparse_coding
 
 # (C_signal, C_code, k, stride, padding)
 GEOMETRIES = [(2, 3, 3, 1, 1), (3, 4, 4, 2, 1), (1, 5, 2, 3, 0), (2, 2, 5, 2, 4), (3, 6, 4, 1, 0)]
@@ -427,6 +427,72 @@ def test_gradient_outlives_an_encoding_at_another_size_and_a_refresh_of_the_norm
     torch.testing.assert_close(gradient, expected)
 
 
+def test_implicit_gradient_keeps_the_graph_of_one_iteration_whatever_their_number():
+    kept = []
+    for iterations in (8, 64):
+        stage = random_stage((2, 3, 3, 1, 1), ridge=1.0, num_iterations=iterations, gradient="implicit")
+        tensors = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: tensors.append(t) or t, lambda t: t):  # noqa: B023
+            stage.encode(random_signal(stage, (6, 7)))
+        kept.append(sum(tensor.numel() for tensor in tensors))
+    assert kept[0] == kept[1]
+
+
+@pytest.mark.parametrize("nonnegative", [True, False])
+@pytest.mark.parametrize("ridge", [0.1, 1.0])
+@pytest.mark.parametrize("geometry", GEOMETRIES)
+def test_implicit_gradient_is_that_of_many_unrolled_iterations(geometry, ridge, nonnegative):
+    options = {"ridge": ridge, "num_iterations": 1000, "nonnegative": nonnegative}
+    unrolled = random_stage(geometry, **options)
+    implicit = random_stage(geometry, **options, gradient="implicit")
+    x = random_signal(unrolled, (8, 9)).requires_grad_()
+    weights = torch.randn_like(unrolled.encode(x))
+    codes = implicit.encode(x)
+    torch.testing.assert_close(codes, unrolled.encode(x))
+    expected = torch.autograd.grad((unrolled.encode(x) * weights).sum(), (x, unrolled.dictionary))
+    found = torch.autograd.grad((codes * weights).sum(), (x, implicit.dictionary))
+    for gradient, reference in zip(found, expected, strict=True):
+        assert (gradient - reference).norm() <= 3e-3 * reference.norm()
+
+
+def test_implicit_gradient_is_taken_in_float32_under_autocast():
+    stage = random_stage((2, 3, 3, 1, 1), ridge=0.3, num_iterations=60, gradient="implicit").float()
+    x = random_signal(stage, (6, 7))
+    (expected,) = torch.autograd.grad(stage.encode(x).sum(), stage.dictionary)
+    with torch.autocast("cpu", torch.bfloat16):
+        codes = stage.encode(x)
+    assert torch.equal(torch.autograd.grad(codes.sum(), stage.dictionary)[0], expected)
+
+
+def test_implicit_gradient_far_from_the_minimiser_is_an_error_and_codes_alone_are_none():
+    stage = random_stage((2, 3, 3, 1, 1), ridge=0.01, num_iterations=2, gradient="implicit")
+    x = random_signal(stage, (6, 7))
+    with pytest.raises(RuntimeError, match=r"away from the minimiser, .* num_iterations=2 or ridge=0\.01"):
+        stage.encode(x)
+    with torch.no_grad():
+        stage.encode(x)
+
+
+def test_distance_that_the_implicit_gradient_allows_is_never_underestimated():
+    for ridge in (0.05, 0.5):
+        for iterations in (2, 4, 8, 16):
+            stage = random_stage((2, 4, 3, 1, 1), ridge=ridge, num_iterations=iterations, gradient="implicit")
+            x = random_signal(stage, (6, 7))
+            with torch.no_grad():
+                codes = stage.encode(x)
+                minimiser = random_stage((2, 4, 3, 1, 1), ridge=ridge, num_iterations=3000).encode(x)
+            if (codes - minimiser).norm() > 0.1 * codes.norm():
+                with pytest.raises(RuntimeError, match="away from the minimiser"):
+                    stage.encode(x)
+
+
+def test_implicit_gradient_short_of_its_residual_is_an_error(monkeypatch):
+    monkeypatch.setattr(sparse_coding, "MAX_CONJUGATE_GRADIENTS", 1)
+    stage = random_stage((2, 3, 3, 1, 1), ridge=0.3, num_iterations=100, gradient="implicit")
+    with pytest.raises(RuntimeError, match=r"after 1 conjugate gradients, 0\.0001 is needed"):
+        stage.encode(random_signal(stage, (6, 7))).square().sum().backward()
+
+
 # ---- promises to the user
 
 
@@ -443,6 +509,8 @@ def test_gradient_outlives_an_encoding_at_another_size_and_a_refresh_of_the_norm
         ({"sparsity": float("nan")}, "sparsity must be a finite number of at least 0, got nan"),
         ({"ridge": float("inf")}, "ridge must be a finite number of at least 0, got inf"),
         ({"num_iterations": 0}, "num_iterations must be at least 1, got 0"),
+        ({"gradient": "none"}, "gradient must be one of .'unrolled', 'implicit'., got 'none'"),
+        ({"gradient": "implicit"}, "ridge must be above 0 for gradient='implicit', got 0"),
     ],
 )
 def test_wrong_arguments_are_errors_that_name_argument_value_and_what_is_allowed(options, message):

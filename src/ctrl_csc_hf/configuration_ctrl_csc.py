@@ -6,6 +6,7 @@ from huggingface_hub.dataclasses import strict
 from huggingface_hub.errors import StrictDataclassError
 from transformers import PreTrainedConfig
 
+GRADIENTS = ("unrolled", "implicit")
 DECODER_NORMALIZATIONS = ("batch_norm", "inverse")
 
 
@@ -23,6 +24,7 @@ class _StrictCtrlCscConfig(PreTrainedConfig):
     sparsity: float | int = 0.1
     ridge: float | int = 0.0
     num_iterations: int = 2
+    gradient: str = "unrolled"
     share_dictionaries: bool = False
     decoder_normalization: str = "batch_norm"
     decoder_affine: bool = True
@@ -43,6 +45,8 @@ class CtrlCscConfig(_StrictCtrlCscConfig):
         sparsity (`float`): lambda, the weight of |z|_1 in every sparse-coding stage.
         ridge (`float`): mu, the weight of |z|^2 / 2.
         num_iterations (`int`): FISTA steps of every sparse-coding stage.
+        gradient (`str`): of the codes. "unrolled", through the steps of FISTA, or "implicit", of the minimiser that
+            they approach: memory that does not grow with their number. It needs a ridge and enough iterations.
         share_dictionaries (`bool`): whether encoder and decoder use the same dictionaries.
         decoder_normalization (`str`): "batch_norm", batch norms of the decoder's own, or "inverse", the exact
             inverse of the encoder's.
@@ -92,6 +96,8 @@ class CtrlCscConfig(_StrictCtrlCscConfig):
         for field in ("sparsity", "ridge"):
             value = getattr(self, field)
             _require(0 <= value < float("inf"), field, value, "a finite number of at least 0")
+        _require(self.gradient in GRADIENTS, "gradient", self.gradient, f"one of {GRADIENTS}")
+        _require(self.gradient == "unrolled" or self.ridge > 0, "ridge", self.ridge, "above 0 for gradient='implicit'")
         for field in ("stage_channels", "kernel_sizes", "strides"):
             value = getattr(self, field)
             _require(len(value) > 0 and min(value) >= 1, field, value, "a list of positive integers")

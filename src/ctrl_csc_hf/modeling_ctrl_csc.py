@@ -183,7 +183,11 @@ class CtrlCscEncoder(CtrlCscPreTrainedModel):
         self.gradient_checkpointing = False
         stages = [
             ConvolutionalSparseCoding(
-                *shape, sparsity=config.sparsity, ridge=config.ridge, num_iterations=config.num_iterations
+                *shape,
+                sparsity=config.sparsity,
+                ridge=config.ridge,
+                num_iterations=config.num_iterations,
+                gradient=config.gradient,
             )
             for shape in config.stage_shapes[:-1]
         ]

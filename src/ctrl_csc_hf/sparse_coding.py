@@ -260,7 +260,7 @@ class ConvolutionalSparseCoding(ConvolutionalDictionary):
         """Codes z whose gradient is that of a fixed point, z = prox(z + step A*(x - A z)).
 
         On the support S of z, A_S*(x - A_S z) - mu z - lambda sign(z) = 0. Its differential gives, for a gradient v of
-        the codes, u with (A_S* A_S + mu) u = v on S, and the gradient of x and A is that of <u, A*(x - A z)> at fixed z.
+        the codes, u with (A_S* A_S + mu) u = v on S; x and A get the gradient of <u, A*(x - A z)> at fixed z and u.
         """
         with torch.autocast(signal.device.type, enabled=False):
             signal = signal.to(self.dictionary.dtype)

@@ -1,0 +1,72 @@
+"""The benchmark command in its short form, and that the rivals compute what ours does. Times are no one's promise."""
+
+import copy
+import importlib
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from ctrl_csc_hf import ConvolutionalSparseCoding, CtrlCscConfig, CtrlCscModel
+from ctrl_csc_hf.closed_loop import ClosedLoop, ClosedLoopObjective, player_parameters
+
+sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
+
+ROW = {"comparison", "setting", "ours_s", "rival_s", "ratio", "goal", "difference", "figures"}
+
+
+def test_command_prints_a_table_and_writes_every_comparison_with_values_that_agree(tmp_path, capsys):
+    bench, comparisons = importlib.import_module("bench"), importlib.import_module("comparisons")
+    bench.main(["--short", "--output", str(tmp_path / "results.json")])
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert {"date", "device", "threads", "versions"} <= set(results["machine"])
+    assert {"python", "torch", "diffusers"} <= set(results["machine"]["versions"])
+    rows = results["rows"]
+    assert all(set(row) == ROW for row in rows)
+    assert all(min(row["ours_s"], row["rival_s"], row["ratio"]) > 0 for row in rows)
+    assert len({row["comparison"] for row in rows}) == len(comparisons.COMPARISONS)
+    by_name = {name: [row for row in rows if row["comparison"] == name] for name in {r["comparison"] for r in rows}}
+    assert max(row["difference"] for row in by_name["coding rates"]) <= 1e-4
+    assert max(row["difference"] for row in by_name["stage / loop"]) <= 1e-5
+    for row in by_name["implicit / unrolled"]:
+        assert row["figures"]["memory of unrolled"] <= 0.25
+        assert row["figures"]["implicit cosine"] > 0.99
+    table = [line for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
+    assert len(table) == len(rows) + 2
+
+
+def test_unknown_comparison_is_an_error_that_names_the_known(capsys):
+    bench = importlib.import_module("bench")
+    with pytest.raises(SystemExit):
+        bench.main(["--only", "nothing"])
+    assert "'rates'" in capsys.readouterr().err
+
+
+def test_rival_stage_computes_the_energy_of_the_same_codes():
+    rivals = importlib.import_module("rivals")
+    torch.manual_seed(0)
+    stage = ConvolutionalSparseCoding(2, 4, 4, 2, 1, ridge=0.2, num_iterations=8).double()
+    signal = torch.randn(3, 2, 9, 8, dtype=torch.float64)
+    expected = stage.encode(signal)
+    codes, energy = rivals.encode_plainly(stage, signal)
+    torch.testing.assert_close(codes, expected)
+    torch.testing.assert_close(energy, stage.energy(signal, codes))
+
+
+def test_rival_step_moves_the_encoder_as_ours_does():
+    rivals = importlib.import_module("rivals")
+    torch.manual_seed(0)
+    shape = {"image_size": 8, "latent_dim": 4, "stage_channels": [4, 5]}
+    shape |= {"kernel_sizes": [4, 4, 2], "strides": [2, 2, 1], "paddings": [1, 1, 0]}
+    ours = CtrlCscModel(CtrlCscConfig(**shape)).double().train()
+    ours.project_parameters()
+    theirs = copy.deepcopy(ours)
+    objective = ClosedLoopObjective("binary")
+    images = torch.rand(10, 3, 8, 8, dtype=torch.float64) * 2 - 1
+    optimizers = [[torch.optim.SGD(part, 0.01) for part in player_parameters(model)] for model in (ours, theirs)]
+    ClosedLoop(ours, objective, *optimizers[0]).step(images)
+    rivals.two_phase_step(theirs, objective, optimizers[1], images, None)
+    for name, parameter in ours.encoder.named_parameters():
+        torch.testing.assert_close(theirs.encoder.get_parameter(name), parameter)
