@@ -17,6 +17,13 @@ sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
 ROW = {"comparison", "setting", "ours_s", "rival_s", "ratio", "goal", "difference", "figures"}
 
 
+@pytest.fixture(autouse=True)
+def _threads():
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
+
+
 def test_command_prints_a_table_and_writes_every_comparison_with_values_that_agree(tmp_path, capsys):
     bench, comparisons = importlib.import_module("bench"), importlib.import_module("comparisons")
     bench.main(["--short", "--output", str(tmp_path / "results.json")])

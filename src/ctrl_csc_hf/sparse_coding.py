@@ -159,8 +159,8 @@ class ConvolutionalSparseCoding(ConvolutionalDictionary):
         num_iterations: steps of FISTA from zero, each of size 0.9 / |A|^2.
         nonnegative: whether codes are restricted to z >= 0.
         gradient: "unrolled" differentiates the steps of FISTA, and keeps them all in memory; "implicit" the
-            minimiser that they approach, in memory that does not grow with their number. It needs a ridge, and codes
-            within 10% of the minimiser.
+            minimiser that they approach, in memory that does not grow with their number. It needs a ridge and codes
+            within 10% of the minimiser, and breaks the graph of torch.compile.
 
     Attributes:
         operator_norm: buffer, the largest singular value of A as an operator on signals of the size in
