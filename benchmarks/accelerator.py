@@ -21,7 +21,11 @@ def throughput(bench: Bench) -> list[Row]:
     gpu = bench.device.type == "cuda"
     peak = next((flops for name, flops in PEAKS.items() if gpu and name in torch.cuda.get_device_name()), None)
     rows = []
-    for preset, batch_size in (("cifar10", 1024), ("imagenet64", 512), ("imagenet128", 256)):
+    for preset, batch_size in (
+        ("cifar10", 1024 if gpu else 64),
+        ("imagenet64", 512 if gpu else 16),
+        ("imagenet128", 256 if gpu else 4),
+    ):
         fields = load_preset(preset)["model"]
         if bench.short:
             fields |= {"stage_channels": [4] * len(fields["stage_channels"])}
@@ -30,7 +34,7 @@ def throughput(bench: Bench) -> list[Row]:
         optimizers = [torch.optim.Adam(part, 1e-4) for part in player_parameters(model)]
         loop = ClosedLoop(model, ClosedLoopObjective(), *optimizers)
         size = config.image_size
-        images = torch.rand(batch_size if gpu else 8, 3, size, size, device=bench.device) * 2 - 1
+        images = torch.rand(4 if bench.short else batch_size, 3, size, size, device=bench.device) * 2 - 1
         with FlopCounterMode(display=False) as counter:
             loop.backward(images)
         flops = counter.get_total_flops() / len(images)
@@ -43,8 +47,9 @@ def throughput(bench: Bench) -> list[Row]:
             "images/s": images_per_second,
             "GFLOP an image": flops / 1e9,
             "TFLOP/s": flops * images_per_second / 1e12,
-            "hours of an ImageNet epoch": IMAGENET_IMAGES / images_per_second / 3600,
         }
+        if preset.startswith("imagenet"):
+            figures["hours an epoch"] = IMAGENET_IMAGES / images_per_second / 3600
         if peak:
             figures["model FLOP utilisation"] = flops * images_per_second / peak
         figures |= _parts(bench, loop, images)

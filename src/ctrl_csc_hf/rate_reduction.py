@@ -5,6 +5,8 @@ via Minimaxing Rate Reduction", Entropy 24(4):456, 2022 (doi 10.3390/e24040456),
 et al., "Unsupervised Learning of Structured Representations via Closed-Loop Transcription", CPAL 2024.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -75,12 +77,17 @@ def multiclass_objective(
     """
     _check_pair(features, reconstructed, distortion)
     _check_labels(features, labels, num_classes)
-    z, counts = _group_by_class(features, labels, num_classes)
-    zh, _ = _group_by_class(reconstructed, labels, num_classes)
-    rates = _coding_rates(torch.cat([z, zh]), counts.repeat(2), distortion)
-    rates_z, rates_zh = rates.chunk(2)
-    rates_union = _coding_rates(torch.cat([z, zh], dim=1), 2 * counts, distortion)
-    share = counts.to(rates.dtype) / max(len(labels), 1)
+    pairs, counts = _group_by_class(_exact(torch.stack([features, reconstructed], dim=1)), labels, num_classes)
+    rows, _, dim = pairs.shape[1:]
+    with torch.autocast(features.device.type, enabled=False):
+        if 2 * rows >= dim:
+            moments = torch.stack([_Gram.apply(pairs[:, :, player].mT) for player in (0, 1)])
+            return multiclass_objective_of_moments(moments, counts, distortion=distortion)
+        grams = _Gram.apply(pairs.flatten(1, 2))  # of z and zh by turns, so it holds those of either
+        rates_z = _rates_of_grams(grams[:, ::2, ::2], counts, distortion, dim)
+        rates_zh = _rates_of_grams(grams[:, 1::2, 1::2], counts, distortion, dim)
+        rates_union = _rates_of_grams(grams, 2 * counts, distortion, dim)
+    share = counts.to(rates_z.dtype) / max(len(labels), 1)
     whole = coding_rate(features, distortion=distortion) + coding_rate(reconstructed, distortion=distortion)
     within = (share * (rates_z + rates_zh)).sum()
     between = (rates_union - rates_z / 2 - rates_zh / 2).sum()
@@ -108,7 +115,7 @@ def second_moments(features: Tensor, labels: Tensor, num_classes: int) -> Tensor
     _check_labels(features, labels, num_classes)
     with torch.autocast(features.device.type, enabled=False):
         by_class, _ = _group_by_class(_exact(features), labels, num_classes)
-        return by_class.mT @ by_class
+        return _Gram.apply(by_class.mT)
 
 
 def rates_of_moments(moments: Tensor, count: Tensor, *, distortion: float = 0.5) -> tuple[Tensor, Tensor, Tensor]:
@@ -123,7 +130,7 @@ def multiclass_objective_of_moments(moments: Tensor, counts: Tensor, *, distorti
     _, rate, reconstructed_rate = rates_of_moments(moments.sum(dim=1), counts.sum(), distortion=distortion)
     rates_z, rates_zh = (_rates_of_grams(part, counts, distortion) for part in moments)
     rates_union = _rates_of_grams(moments.sum(dim=0), 2 * counts, distortion)
-    within = (counts / counts.sum() * (rates_z + rates_zh)).sum()
+    within = (counts.to(rates_z.dtype) / counts.sum().clamp(min=1) * (rates_z + rates_zh)).sum()
     return rate + reconstructed_rate - within + (rates_union - rates_z / 2 - rates_zh / 2).sum()
 
 
@@ -151,8 +158,21 @@ def _coding_rates(sets: Tensor, counts: Tensor, distortion: float) -> Tensor:
         sets = _exact(sets)
         rows, dim = sets.shape[1:]
         # I + alpha Z Z^T has the determinant of I + alpha Z^T Z; the smaller one is cheaper.
-        gram = sets @ sets.mT if rows < dim else sets.mT @ sets
-        return _rates_of_grams(gram, counts, distortion, dim)
+        return _rates_of_grams(_Gram.apply(sets if rows < dim else sets.mT), counts, distortion, dim)
+
+
+class _Gram(torch.autograd.Function):
+    """S S^T of matrices S (K, m, d) -> (K, m, m), with one product in the backward pass where autograd takes two."""
+
+    @staticmethod
+    def forward(ctx: Any, sets: Tensor) -> Tensor:
+        ctx.save_for_backward(sets)
+        return sets @ sets.mT
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
+        (sets,) = ctx.saved_tensors
+        return (gradients[0] + gradients[0].mT) @ sets
 
 
 def _rates_of_grams(grams: Tensor, counts: Tensor, distortion: float, dim: int | None = None) -> Tensor:
@@ -166,13 +186,14 @@ def _rates_of_grams(grams: Tensor, counts: Tensor, distortion: float, dim: int |
 
 
 def _group_by_class(features: Tensor, labels: Tensor, num_classes: int) -> tuple[Tensor, Tensor]:
-    """(n, d), (n,) -> the classes' features, padded by zeros to the largest class (K, m, d), and counts (K,)."""
+    """(n, ...), (n,) -> the classes' features, padded by zeros to the largest class (K, m, ...), and counts (K,)."""
     counts = torch.bincount(labels, minlength=num_classes)
     largest = int(counts.max()) if len(labels) else 0
     order = torch.argsort(labels, stable=True)
-    rank = torch.arange(len(labels), device=labels.device) - (counts.cumsum(0) - counts)[labels[order]]
-    padded = features.new_zeros(num_classes, largest, features.shape[1])
-    return padded.index_put((labels[order], rank), features[order]), counts
+    rank = torch.empty_like(order)
+    rank[order] = torch.arange(len(labels), device=labels.device) - (counts.cumsum(0) - counts)[labels[order]]
+    padded = features.new_zeros(num_classes, largest, *features.shape[1:])
+    return padded.index_put((labels, rank), features), counts
 
 
 def _exact(features: Tensor) -> Tensor:
