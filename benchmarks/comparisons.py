@@ -5,12 +5,15 @@ One more comparison is one more function and one more line in `COMPARISONS`.
 
 import copy
 from collections.abc import Callable
+from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import torch
 import torch.nn.functional as F
 from accelerator import throughput
 from bench import Bench, Row
 from diffusers import AutoencoderKL, AutoencoderTiny
+from loader import HEIGHT, IMAGE_SIZE, WIDTH, our_loader, plain_loader, write_photographs
 from rivals import (
     bare_convolutions,
     encode_plainly,
@@ -193,6 +196,16 @@ def reconstruction(bench: Bench) -> list[Row]:
     return rows
 
 
+def image_loader(bench: Bench) -> list[Row]:
+    """Images a second of the loader alone, at 64 pixels from ImageNet-sized JPEGs, in one process."""
+    count = 8 if bench.short else 256
+    with TemporaryDirectory() as folder:
+        write_photographs(Path(folder), count)
+        times = bench.pair(our_loader(Path(folder)), plain_loader(Path(folder)))
+    figures = {"ours images/s": count / times["ours_s"], "rival images/s": count / times["rival_s"]}
+    return [Row("loader", f"{WIDTH}x{HEIGHT} JPEGs to {IMAGE_SIZE} px", **times, goal=2.0, figures=figures)]
+
+
 COMPARISONS: dict[str, Callable[[Bench], list[Row]]] = {
     "rates": coding_rates,
     "step": training_step,
@@ -200,6 +213,7 @@ COMPARISONS: dict[str, Callable[[Bench], list[Row]]] = {
     "bare": bare_stage,
     "implicit": implicit_gradient,
     "reconstruction": reconstruction,
+    "loader": image_loader,
     "throughput": throughput,
 }
 

@@ -77,3 +77,15 @@ def test_rival_step_moves_the_encoder_as_ours_does():
     rivals.two_phase_step(theirs, objective, optimizers[1], images, None)
     for name, parameter in ours.encoder.named_parameters():
         torch.testing.assert_close(theirs.encoder.get_parameter(name), parameter)
+
+
+def test_memory_table_counts_the_state_and_what_a_step_keeps():
+    memory = importlib.import_module("memory")
+    fields = {"image_size": 8, "latent_dim": 4, "stage_channels": [4], "kernel_sizes": [4, 4], "strides": [2, 1],
+              "paddings": [1, 0]}  # fmt: skip
+    model = CtrlCscModel(CtrlCscConfig(**fields))
+    parameters = 2 * (4 * 3 * 16 + 2 * 4 + 4 * 4 * 16) + 2 * 3
+    assert memory.state_bytes(model) == 5 * 4 * parameters
+    few, many = (memory.activation_bytes(model, images) for images in (4, 64))
+    image = 3 * 8 * 8 * 4  # kept as what the first convolution of either encoding takes, at least
+    assert many > image and abs(few / many - 1) < 0.5
