@@ -38,8 +38,8 @@ def test_evaluation_prints_and_writes_the_model_beside_pca_and_the_mean_image(
 
     from data import take_images
 
-    form = {"image_column": "image", "label_column": None, "image_size": 16}
-    pixels = take_images(evaluate.source(settings, "train"), 80, **form)["pixel_values"].flatten(1).double().numpy()
+    images = take_images(evaluate.source(settings, "train"), 80, image_column="image", image_size=16)
+    pixels = images.flatten(1).double().numpy()
     pca = PCA(8).fit(pixels)
     error = pixels[:40] - pca.inverse_transform(pca.transform(pixels[:40])).clip(-1, 1)
     expected = np.mean(10 * np.log10(4 / (error**2).mean(axis=1)))

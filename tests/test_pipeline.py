@@ -86,7 +86,8 @@ def test_encode_then_decode_is_the_reconstruction(pipe: CtrlCscPipeline) -> None
 def test_interpolation_goes_along_the_great_circle_in_equal_angles(pipe: CtrlCscPipeline, model: CtrlCscModel) -> None:
     a, b = pictures(2)
     images = pipe.interpolate(a, b, 5, output_type="pt")
-    assert torch.equal(images[[0, 4]], pipe([a, b], output_type="pt").images)
+    ends = pipe([a, b], output_type="pt").images  # equal up to rounding, which the size of a batch may change
+    torch.testing.assert_close(images[[0, 4]], ends, atol=1e-6, rtol=0)
     start, end = pipe.encode([a, b]).double().numpy()
     # Rotation in the plane of both: by Gram-Schmidt, not by the formula of the pipeline.
     across = end - (end @ start) * start
