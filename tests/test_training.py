@@ -124,6 +124,15 @@ def test_two_processes_train_one_model_and_resume_where_each_of_them_stood(
         assert torch.equal(first[name], second[name]), name
 
 
+def test_a_folder_with_checkpoints_of_an_earlier_run_is_refused_and_stays_as_it_is(train: Train) -> None:
+    folder = train("--max_train_steps", "4")
+    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    for flags in ((), ("--resume_from_checkpoint", str(folder / "checkpoint-2"))):
+        with pytest.raises(ValueError, match="holds checkpoint-4 of an earlier run"):
+            train(*flags)
+    assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
+
+
 def test_old_checkpoints_are_removed_beyond_the_limit(train: Train) -> None:
     folder = train("--max_train_steps", "6", "--checkpoints_total_limit", "1")
     assert [path.name for path in folder.glob("*checkpoint-*")] == ["checkpoint-6"]

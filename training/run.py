@@ -102,7 +102,9 @@ def save_checkpoint(accelerator: Accelerator, output_dir: Path, history: History
         OSError: if it cannot be written; earlier ones are as they were.
     """
     folder = output_dir / f"checkpoint-{history.step}"
-    unfinished, replaced = (output_dir / f".{folder.name}.{state}" for state in ("unfinished", "replaced"))
+    if folder.exists():  # of this very state: the run was resumed from it and has made no step since
+        return folder
+    unfinished = output_dir / f".{folder.name}.unfinished"
     if accelerator.is_main_process:
         for leftover in output_dir.glob(".checkpoint-*"):  # of a run that was killed
             shutil.rmtree(leftover)
@@ -117,11 +119,8 @@ def save_checkpoint(accelerator: Accelerator, output_dir: Path, history: History
         shutil.rmtree(unfinished, ignore_errors=True)  # whose space may be wanted for something else
         raise OSError(f"{folder} cannot be written, earlier checkpoints are as they were: {error}") from error
     if accelerator.is_main_process:
-        if folder.exists():  # by a run that was resumed from an earlier one
-            os.replace(folder, replaced)
         os.replace(unfinished, folder)
         sync(output_dir)
-        shutil.rmtree(replaced, ignore_errors=True)
         for old in checkpoints(output_dir)[: -limit if limit else 0]:
             shutil.rmtree(old)
     return folder

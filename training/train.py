@@ -62,10 +62,14 @@ def main(settings: TrainingSettings, config: CtrlCscConfig) -> Path:
             f"gradient_accumulation_steps must be 1, got {accelerator.gradient_accumulation_steps}: neither coding "
             "rates nor batch norms of a batch are means over its parts; take more processes instead"
         )
-    if checkpoints(output_dir) and not settings.resume_from_checkpoint:
+    checkpoint = None
+    if settings.resume_from_checkpoint:
+        checkpoint = find_checkpoint(output_dir, settings.resume_from_checkpoint)
+    earlier = checkpoints(output_dir)
+    if earlier and (checkpoint is None or checkpoint.resolve() != earlier[-1].resolve()):
         raise ValueError(
-            f"output_dir={str(output_dir)!r} holds checkpoints of an earlier run: it must be another folder, or "
-            "resume_from_checkpoint must be given"
+            f"output_dir={str(output_dir)!r} holds {earlier[-1].name} of an earlier run: resume_from_checkpoint must "
+            f"be it, or 'latest', or output_dir another folder; got {settings.resume_from_checkpoint!r}"
         )
     output_dir.mkdir(parents=True, exist_ok=True)
     set_seed(settings.seed)  # the same weights on all processes
@@ -117,8 +121,7 @@ def main(settings: TrainingSettings, config: CtrlCscConfig) -> Path:
     # The record
     history = History(loader)
     accelerator.register_for_checkpointing(model, *optimizers, *schedulers, history, *([ema] if ema else []))
-    if settings.resume_from_checkpoint:
-        checkpoint = find_checkpoint(output_dir, settings.resume_from_checkpoint)
+    if checkpoint:
         accelerator.load_state(str(checkpoint))
         accelerator.print(f"Resumed from {checkpoint}")
     accelerator.init_trackers("ctrl_csc", config=asdict(settings))
