@@ -4,14 +4,17 @@ import argparse
 from dataclasses import dataclass, field, fields
 from typing import Any
 
+from baselines import ConvolutionalConfig, SquaredErrorLoop
 from transformers import HfArgumentParser, SchedulerType
 
 from ctrl_csc_hf import CtrlCscConfig
-from ctrl_csc_hf.closed_loop import STATISTICS, ClosedLoopObjective
+from ctrl_csc_hf.closed_loop import STATISTICS, ClosedLoop, ClosedLoopObjective
 from ctrl_csc_hf.presets import load_preset
 
 # A loss scaler would have to serve two players with one backward pass; bf16 needs none.
 PRECISIONS = ("no", "bf16")
+ENCODERS = {"sparse_coding": CtrlCscConfig, "convolution": ConvolutionalConfig}
+LOOPS = {"closed_loop": ClosedLoop, "squared_error": SquaredErrorLoop}
 
 
 def option(default: Any, help: str, **metadata: Any) -> Any:
@@ -59,6 +62,17 @@ class TrainingSettings:
         "own", "What the encoder's batch norms normalise reconstructions by: own, their own batch's, or images."
     )
 
+    # What CTRL-CSC is compared with, see baselines.py
+    encoder: str = option("sparse_coding", "sparse_coding, or convolution: ordinary convolutions in its place.")
+    loop: str = option("closed_loop", "closed_loop, or squared_error: an autoencoder, without the game.")
+
+    # Collapse, see collapse.py
+    collapse_share: float = option(
+        0.25, "R(Z) of a batch below this share of its largest possible value counts as collapsed; 0 never does."
+    )
+    collapse_steps: int = option(200, "Collapsed steps in a row before the run warns.")
+    stop_on_collapse: bool = option(False, "Then save a checkpoint and stop.")
+
     # Before the game, see warmup.py
     energy_warmup_steps: int = option(
         0,
@@ -105,7 +119,7 @@ class TrainingSettings:
         if self.objective == "multi" and self.label_column is None:
             raise ValueError("label_column must name a column for objective='multi', got none")
         for name in ("max_train_steps", "train_batch_size", "num_validation_images", "logging_steps",
-                     "validation_steps", "checkpointing_steps"):  # fmt: skip
+                     "validation_steps", "checkpointing_steps", "collapse_steps"):  # fmt: skip
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)!r}")
         if self.energy_warmup_steps < 0:
@@ -116,15 +130,20 @@ class TrainingSettings:
         for name in ("adam_beta1", "adam_beta2", "ema_decay"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 0 and less than 1, got {getattr(self, name)!r}")
-        if not 0 <= self.max_unreadable_share <= 1:
-            raise ValueError(f"max_unreadable_share must be between 0 and 1, got {self.max_unreadable_share!r}")
+        for name in ("max_unreadable_share", "collapse_share"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name} must be between 0 and 1, got {getattr(self, name)!r}")
         if self.mixed_precision not in (None, *PRECISIONS):
             raise ValueError(f"mixed_precision must be one of {PRECISIONS}, got {self.mixed_precision!r}")
         if self.checkpoints_total_limit is not None and self.checkpoints_total_limit < 1:
             raise ValueError(f"checkpoints_total_limit must be at least 1, got {self.checkpoints_total_limit!r}")
-        if self.reconstruction_statistics not in STATISTICS:
+        for name, allowed in (("reconstruction_statistics", STATISTICS), ("encoder", ENCODERS), ("loop", LOOPS)):
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{name} must be one of {tuple(allowed)}, got {getattr(self, name)!r}")
+        if self.encoder == "convolution" and (self.energy or self.energy_warmup_steps):
             raise ValueError(
-                f"reconstruction_statistics must be one of {STATISTICS}, got {self.reconstruction_statistics!r}"
+                "energy and energy_warmup_steps must be 0 for encoder='convolution', which has none, "
+                f"got {self.energy!r} and {self.energy_warmup_steps!r}"
             )
         self.closed_loop_objective(num_classes=1)  # wrong weights and names are found before any data is read
 
@@ -165,4 +184,4 @@ def parse_settings(arguments: list[str] | None = None) -> tuple[TrainingSettings
     model = preset["model"]
     if settings.resolution is not None:
         model["image_size"] = settings.resolution
-    return settings, CtrlCscConfig(**model)
+    return settings, ENCODERS[settings.encoder](**model)

@@ -14,6 +14,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import ProjectConfiguration, set_seed
 from augmentation import augment
+from collapse import COLLAPSED, CollapseWatch, largest_rate
 from data import ImageDataset, ImageSource, hold_out, load_images, take_images, to_pixel_values
 from diffusers.training_utils import EMAModel
 from ema import CALIBRATION_IMAGES, averaged_model, recompute_statistics
@@ -27,14 +28,14 @@ from run import (
     save_grid,
     save_model,
 )
-from settings import PRECISIONS, TrainingSettings, parse_settings
+from settings import LOOPS, PRECISIONS, TrainingSettings, parse_settings
 from stream import ImageLoader, ImageStream
 from tqdm.auto import tqdm
-from transformers import get_scheduler
+from transformers import AutoModel, get_scheduler
 from warmup import invert_encoder, learn_dictionaries
 
 from ctrl_csc_hf import CtrlCscConfig, CtrlCscModel
-from ctrl_csc_hf.closed_loop import ClosedLoop, player_parameters
+from ctrl_csc_hf.closed_loop import player_parameters
 from ctrl_csc_hf.hub import publish
 from ctrl_csc_hf.rate_reduction import SMALL_CLASS
 
@@ -76,9 +77,9 @@ def main(settings: TrainingSettings, config: CtrlCscConfig) -> Path:
 
     # Players f and g
     if settings.pretrained_model_name_or_path:
-        model = CtrlCscModel.from_pretrained(settings.pretrained_model_name_or_path)
+        model = AutoModel.from_pretrained(settings.pretrained_model_name_or_path)
     else:
-        model = CtrlCscModel(config)
+        model = AutoModel.from_config(config)
 
     # Images x, each process its own
     set_seed(settings.seed, device_specific=True)
@@ -110,7 +111,7 @@ def main(settings: TrainingSettings, config: CtrlCscConfig) -> Path:
         for optimizer in optimizers
     ]
     ema = EMAModel(model.parameters(), decay=settings.ema_decay) if settings.use_ema else None
-    loop = ClosedLoop(
+    loop = LOOPS[settings.loop](
         model,
         settings.closed_loop_objective(num_classes),
         *optimizers,
@@ -164,6 +165,7 @@ def main(settings: TrainingSettings, config: CtrlCscConfig) -> Path:
     )  # fmt: skip
     if history.step == 0 and accelerator.is_main_process:
         evaluate()
+    collapse = CollapseWatch(settings.collapse_share, settings.collapse_steps)
     stopped = False
     with CatchStop() as stop:
         while history.step < settings.max_train_steps and not (stopped := stop.seen()):
@@ -204,6 +206,14 @@ def main(settings: TrainingSettings, config: CtrlCscConfig) -> Path:
                 evaluate()
             if history.step % settings.checkpointing_steps == 0:
                 save_checkpoint(accelerator, output_dir, history, settings.checkpoints_total_limit)
+            images = len(pixel_values) * accelerator.num_processes
+            largest = largest_rate(images, model.config.latent_dim, settings.distortion)
+            if advice := collapse.notice(shown["rate"], largest):
+                if accelerator.is_main_process:
+                    logger.warning("step %d: %s", history.step, advice)
+                if settings.stop_on_collapse:
+                    stop.requested = True  # on all processes: they share R(Z)
+                    stop.exit_code = COLLAPSED
 
     if stopped:
         checkpoint = save_checkpoint(accelerator, output_dir, history, settings.checkpoints_total_limit)

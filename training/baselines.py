@@ -1,0 +1,92 @@
+"""What CTRL-CSC is compared with, trained as it is trained: ordinary convolutions, or the squared error of pixels."""
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModel
+
+from ctrl_csc_hf import CtrlCscConfig, CtrlCscEncoder, CtrlCscModel
+from ctrl_csc_hf.batch_norm import BatchNorm
+from ctrl_csc_hf.closed_loop import ClosedLoop, ClosedLoopFigures
+from ctrl_csc_hf.distributed import sum_over_processes
+from ctrl_csc_hf.sparse_coding import ConvolutionalDictionary
+
+LEAK = 0.2  # of the leaky relu, as in DCGAN's discriminator, which CTRL's encoder is
+
+
+class ConvolutionalConfig(CtrlCscConfig):
+    """As `CtrlCscConfig`; sparsity, ridge and num_iterations have no meaning here."""
+
+    model_type = "ctrl_convolutional"
+
+
+class Convolution(ConvolutionalDictionary):
+    """An ordinary convolution. Its filters keep unit norm, which the batch norm behind it makes no restriction."""
+
+    def encode(self, signal: Tensor) -> Tensor:
+        return self.adjoint(signal)
+
+
+class RectifiedBatchNorm(BatchNorm):
+    """Batch norm, then leaky relu."""
+
+    def forward(
+        self, codes: Tensor, update_statistics: bool, statistics: tuple[Tensor, Tensor] | None = None
+    ) -> Tensor:
+        return F.leaky_relu(super().forward(codes, update_statistics, statistics), LEAK)
+
+
+class ConvolutionalEncoder(CtrlCscEncoder):
+    """The encoder of Dai et al., "CTRL", Entropy 24(4):456, 2022: [convolution, batch norm, leaky relu] a stage."""
+
+    config_class = ConvolutionalConfig
+
+    def __init__(self, config: ConvolutionalConfig) -> None:
+        super().__init__(config)
+        self.stages = nn.ModuleList(Convolution(*shape) for shape in config.stage_shapes[:-1])
+        self.norms = nn.ModuleList(RectifiedBatchNorm(width) for width in config.stage_channels)
+        self.post_init()
+
+
+class ConvolutionalModel(CtrlCscModel):
+    """CTRL's nets: `ConvolutionalEncoder` and the decoder of CTRL-CSC, which is a DCGAN's generator already."""
+
+    config_class = ConvolutionalConfig
+
+    def __init__(self, config: ConvolutionalConfig) -> None:
+        super().__init__(config)
+        self.encoder = ConvolutionalEncoder(config)
+        self.post_init()
+        self._keys_to_ignore_on_load_unexpected = set()
+
+
+AutoConfig.register(ConvolutionalConfig.model_type, ConvolutionalConfig, exist_ok=True)
+AutoModel.register(ConvolutionalConfig, ConvolutionalModel, exist_ok=True)
+
+
+class SquaredErrorLoop(ClosedLoop):
+    """An autoencoder's training in place of the game: both nets minimise the mean of (x - xh)^2 over all pixels."""
+
+    def backward(
+        self,
+        pixel_values: Tensor,
+        labels: Tensor | None = None,
+        augmented: Tensor | None = None,
+        players: Sequence[str] = ("encoder", "decoder"),
+    ) -> ClosedLoopFigures:
+        """Adds the squared error's gradients; the figures are the game's, their two losses the squared error."""
+        z = self.model.encoder(pixel_values).latents
+        xh = self.model.decoder(z).reconstruction
+        count = sum_over_processes(torch.tensor(len(z), device=z.device))
+        loss = (pixel_values - xh.float()).square().flatten(1).mean(dim=1).sum() / count
+        with torch.no_grad():
+            zh = self.model.encoder(xh, update_statistics=False, reuse_statistics=self.reuse_statistics).latents
+            _, rates = self.objective.utility(z, zh, labels)
+            consistency = self.objective.self_consistency(z, zh).sum() / count
+        figures = self._figures(pixel_values, xh, loss.new_zeros(()), rates, consistency, loss, loss, count)
+        if not torch.isfinite(figures.encoder_loss):
+            raise FloatingPointError(f"the squared error is {figures.encoder_loss.item()}")
+        loss.backward()
+        return figures

@@ -1,0 +1,166 @@
+"""The ablation of docs/recipe.md: one factor at a time from the preset `cifar10_sweep`, each on as many images.
+
+    python training/sweep.py --dataset_name uoft-cs/cifar10 --image_column img --feature_model CLASSIFIER \
+        --rows base sparsity-0.1 --seeds 0 1 --output_dir sweep
+
+Without --rows it runs all. Each row and seed is a run of train.py in a folder of its own, and a line of
+OUTPUT_DIR/results.jsonl; those that are there already are not run again. Prints the table at the end.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from data import ImageSource, load_images, take_images
+from transformers import AutoModel
+
+from ctrl_csc_hf.metrics import ClosedLoopConsistency, FrechetDistance, PeakSignalToNoiseRatio, VisionFeatures
+from ctrl_csc_hf.presets import load_preset
+
+BASE = "cifar10_sweep"
+BATCH_SIZE = 250
+# What each row changes, in the sections of a preset.
+ROWS: dict[str, dict[str, dict[str, Any]]] = {
+    "base": {},
+    "three stages": {
+        "model": {
+            "stage_channels": [32, 64, 128],
+            "kernel_sizes": [4, 4, 4, 4],
+            "strides": [2, 2, 2, 1],
+            "paddings": [1, 1, 1, 0],
+        }
+    },
+    "dictionaries shared": {"model": {"share_dictionaries": True}},
+    "inverse normalisation": {"model": {"decoder_normalization": "inverse"}},
+    "shared, inverse": {"model": {"share_dictionaries": True, "decoder_normalization": "inverse"}},
+    "FISTA steps 1": {"model": {"num_iterations": 1}},
+    "FISTA steps 2": {"model": {"num_iterations": 2}},
+    "FISTA steps 8": {"model": {"num_iterations": 8}},
+    "lambda 0.005": {"model": {"sparsity": 0.005}},
+    "lambda 0.1": {"model": {"sparsity": 0.1}},
+    "alternating play": {"training": {"play": "alternating"}},
+    "statistics own": {"training": {"reconstruction_statistics": "own"}},
+    "encoder 1.5e-5": {"training": {"encoder_learning_rate": 1.5e-5}},
+    "encoder 1.5e-4": {"training": {"encoder_learning_rate": 1.5e-4}},
+    "decoder 7e-4": {"training": {"decoder_learning_rate": 7e-4}},
+    "decoder 6e-3": {"training": {"decoder_learning_rate": 6e-3}},
+    "betas 0.9, 0.999": {"training": {"adam_beta1": 0.9}},
+    "w_g 0": {"training": {"decoder_consistency": 0.0}},
+    "w_g 100": {"training": {"decoder_consistency": 100.0}},
+    "w_f 1": {"training": {"encoder_consistency": 1.0}},
+    "w_E 10": {"training": {"energy": 10.0}},
+    "no warm start": {"training": {"energy_warmup_steps": 0}},
+    "no warm start, w_E 10": {"training": {"energy_warmup_steps": 0, "energy": 10.0}},
+    "multi": {"training": {"objective": "multi"}},
+    "unsupervised": {"training": {"objective": "unsupervised"}},
+    "distortion 0.05": {"training": {"distortion": 0.05}},
+    "batch 64": {"training": {"train_batch_size": 64}},
+    "batch 512": {"training": {"train_batch_size": 512}},
+    "batch 2048": {"training": {"train_batch_size": 2048}},
+    "no EMA": {"training": {"use_ema": False}},
+    "ordinary convolutions": {"training": {"encoder": "convolution", "energy_warmup_steps": 0}},
+    "squared error": {"training": {"loop": "squared_error"}},
+}
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description="Runs rows of the ablation and prints their table.")
+    parser.add_argument("--dataset_name", required=True, help="As train.py's.")
+    parser.add_argument("--image_column", default="image", help="As train.py's.")
+    parser.add_argument("--feature_model", required=True, help="A vision model, for the Fréchet distance.")
+    parser.add_argument(
+        "--rows", nargs="+", choices=list(ROWS), default=list(ROWS), metavar="ROW", help=f"{list(ROWS)}"
+    )
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0], help="A run for each of them.")
+    parser.add_argument("--num_train_images", type=int, default=38_400, help="Images of the game, whatever the batch.")
+    parser.add_argument("--num_images", type=int, default=5000, help="Test images to measure on, the first ones.")
+    parser.add_argument("--output_dir", type=Path, default=Path("sweep"), help="Where everything is written.")
+    return parser.parse_args()
+
+
+def main(arguments: argparse.Namespace) -> None:
+    arguments.output_dir.mkdir(parents=True, exist_ok=True)
+    record = arguments.output_dir / "results.jsonl"
+    results = [json.loads(line) for line in record.read_text().splitlines()] if record.exists() else []
+    for seed in arguments.seeds:
+        for row in arguments.rows:
+            if not any((result["row"], result["seed"]) == (row, seed) for result in results):
+                results.append(run(row, seed, arguments))
+                with record.open("a") as file:
+                    file.write(json.dumps(results[-1]) + "\n")
+    print_table(results)
+
+
+def run(row: str, seed: int, arguments: argparse.Namespace) -> dict[str, Any]:
+    """Trains a row and measures it."""
+    preset = load_preset(BASE)
+    for section, changes in ROWS[row].items():
+        preset[section] |= changes
+    preset["training"]["max_train_steps"] = arguments.num_train_images // preset["training"]["train_batch_size"]
+    folder = arguments.output_dir / f"{row.replace(' ', '_')}-{seed}"
+    config = arguments.output_dir / f"{folder.name}.yaml"
+    config.write_text(yaml.safe_dump(preset))
+    start = time.perf_counter()
+    subprocess.run(
+        [
+            sys.executable, str(Path(__file__).with_name("train.py")),
+            "--config", str(config), "--output_dir", str(folder), "--seed", str(seed), "--report_to", "none",
+            "--dataset_name", arguments.dataset_name, "--image_column", arguments.image_column,
+        ],
+        check=True,
+    )  # fmt: skip
+    seconds = time.perf_counter() - start
+    return {"row": row, "seed": seed, **measure(folder, arguments), "seconds": round(seconds)}
+
+
+@torch.inference_mode()
+def measure(folder: Path, arguments: argparse.Namespace) -> dict[str, float]:
+    """PSNR, match, Fréchet distance of the test images; R(Z) and dR of the run's own held-out images."""
+    model = AutoModel.from_pretrained(folder).eval()
+    source = ImageSource(
+        dataset_name=arguments.dataset_name,
+        split="test",
+        streaming=True,
+        image_column=arguments.image_column,
+        label_column=None,
+    )
+    images = take_images(
+        load_images(source), arguments.num_images,
+        image_column=arguments.image_column, image_size=model.config.image_size,
+    )  # fmt: skip
+    features = VisionFeatures(arguments.feature_model)
+    psnr, consistency, distance = PeakSignalToNoiseRatio(), ClosedLoopConsistency(), FrechetDistance()
+    for batch in images.split(BATCH_SIZE):
+        output = model(batch, output_reconstructed_latents=True)
+        psnr.update(batch, output.reconstruction)
+        consistency.update(output.latents, output.reconstructed_latents)
+        distance.update(features(batch), features(output.reconstruction))
+    held_out = json.loads((folder / "metrics.json").read_text())
+    return {
+        **psnr.compute(),
+        **consistency.compute(),
+        **distance.compute(),
+        "rate": held_out["held_out_rate"],
+        "rate_reduction": held_out["held_out_rate_reduction"],
+    }
+
+
+def print_table(results: list[dict[str, Any]]) -> None:
+    print("| change | seed | PSNR, dB | match | cos(z, zh) | Fréchet | R(Z), nats | dR(Z, Zh), nats | minutes |")
+    print("| --- | --- | --- | --- | --- | --- | --- | --- | --- |")
+    for result in results:
+        print(
+            f"| {result['row']} | {result['seed']} | {result['psnr']:.2f} | {result['match']:.1%} "
+            f"| {result['cosine']:.3f} | {result['frechet_distance']:.2f} | {result['rate']:.1f} "
+            f"| {result['rate_reduction']:.2f} | {result['seconds'] / 60:.1f} |"
+        )
+
+
+if __name__ == "__main__":
+    main(parse_arguments())
