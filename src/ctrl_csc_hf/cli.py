@@ -1,8 +1,10 @@
 """The command line, `ctrl-csc`."""
 
+import re
 import runpy
+from itertools import islice
 from pathlib import Path
-from typing import Annotated, NoReturn
+from typing import Annotated, Any, NoReturn
 
 import torch
 import typer
@@ -11,6 +13,7 @@ from huggingface_hub import constants, snapshot_download
 # httpx's, under whichever of its names huggingface_hub has it.
 from huggingface_hub.errors import HTTPError  # type: ignore[attr-defined]
 from PIL import Image, UnidentifiedImageError
+from torch import Tensor
 from transformers import AutoModel
 
 from . import hub
@@ -56,6 +59,73 @@ def reconstruct(
 
 
 @app.command()
+def inspect(
+    model: Annotated[str, typer.Option(help="A folder that train.py wrote, or a Hub repository.")],
+    image: Annotated[
+        list[Path] | None,
+        typer.Option(help="An image to take apart; may be given several times.", exists=True, dir_okay=False),
+    ] = None,
+    dataset_name: Annotated[
+        str | None,
+        typer.Option("--dataset_name", help="A Hub data set, or a local folder of images or Parquet files."),
+    ] = None,
+    split: Annotated[str, typer.Option(help="Of the data set.")] = "test",
+    image_column: Annotated[str, typer.Option("--image_column", help="Column of the images.")] = "image",
+    label_column: Annotated[
+        str | None, typer.Option("--label_column", help="Column of the labels; by default label, where there is one.")
+    ] = None,
+    num_images: Annotated[
+        int, typer.Option("--num_images", help="Of the data set, drawn at random with a fixed seed.", min=2)
+    ] = 500,
+    output: Annotated[Path, typer.Option(help="Folder of the pictures, PNG files.")] = Path("inspection"),
+    report: Annotated[Path | None, typer.Option(help="An HTML page of all pictures, one file.")] = None,
+) -> None:
+    """Draws what is inside a model: its atoms, what they make of an image, and, given a data set, the latent space.
+
+    Without an image, one of the checkpoint's examples is taken apart, or else the first of the data set.
+    """
+    if report is not None and report.suffix.lower() != ".html":
+        raise typer.BadParameter(f"must end in .html, got {report}", param_hint="--report")
+    if output.exists() and not output.is_dir():
+        raise typer.BadParameter(f"must be a folder or not exist, got {output}", param_hint="--output")
+    try:
+        import matplotlib  # noqa: F401
+
+        from .report import dictionary_pictures, html_report, image_pictures, latent_pictures
+    except ModuleNotFoundError as error:
+        _stop(f"inspect needs {error.name}: pip install ctrl-csc-hf[inspect]")
+    loaded, processor = _load_model(model, "--model").float(), _load_image_processor(model)
+    paths = image or []
+    if not paths:
+        paths = sorted(_folder(model).glob("examples/*.png"))
+    pixels = processor([_open_image(path) for path in paths], return_tensors="pt").pixel_values if paths else None
+    labels, class_names, many = None, None, pixels
+    if dataset_name is not None:
+        photos, labels, class_names = _read_dataset(dataset_name, split, image_column, label_column, num_images)
+        many = processor(photos, return_tensors="pt").pixel_values
+    named = list(zip([path.stem for path in paths], [] if pixels is None else pixels, strict=True))
+    if not image:  # one is enough
+        named = named[:1] or ([] if many is None else [("image", many[0])])
+
+    chapters = {"Atoms": dictionary_pictures(loaded, many)}
+    for index, (name, pixel_values) in enumerate(named):
+        unique = sum(name == other for other, _ in named) == 1
+        title = name if unique else f"{name} {index + 1}"
+        chapters[f"Image {title}"] = image_pictures(loaded, pixel_values, title)
+    if dataset_name is not None and many is not None:
+        chapters["Latent space"] = latent_pictures(loaded, many, labels, class_names)
+    output.mkdir(parents=True, exist_ok=True)
+    for picture in (picture for pictures in chapters.values() for picture in pictures):
+        path = output / (re.sub(r"[^\w-]+", "_", picture.name) + ".png")
+        path.write_bytes(picture.png)
+        typer.echo(f"{picture.title}: {path}")
+    if report is not None:
+        report.parent.mkdir(parents=True, exist_ok=True)
+        report.write_text(html_report(loaded, Path(model).name, chapters), encoding="utf-8")
+        typer.echo(f"All of it: {report}")
+
+
+@app.command()
 def publish(
     checkpoint: Annotated[Path, typer.Argument(help="A folder that train.py wrote.", exists=True, file_okay=False)],
     repo_id: Annotated[str, typer.Option("--repo_id", help="ORGANIZATION/NAME on the Hub.")],
@@ -90,7 +160,7 @@ def demo(
     except ModuleNotFoundError as error:
         _stop(f"the demo needs {error.name}: pip install ctrl-csc-hf[demo]")
 
-    folder = Path(model) if Path(model).is_dir() else Path(snapshot_download(model))
+    folder = _folder(model)
     examples = sorted(str(path) for path in folder.glob("examples/*.png"))
     page = build(CtrlCscPipeline(loaded, processor), examples)
     try:
@@ -119,6 +189,11 @@ def _load_model(path_or_repository: str, argument: str) -> CtrlCscModel:
     return model.eval()
 
 
+def _folder(path_or_repository: str) -> Path:
+    local = Path(path_or_repository)
+    return local if local.is_dir() else Path(snapshot_download(path_or_repository))
+
+
 def _load_image_processor(path_or_repository: str) -> CtrlCscImageProcessor:
     try:
         return CtrlCscImageProcessor.from_pretrained(path_or_repository)
@@ -137,3 +212,38 @@ def _open_image(path: Path) -> Image.Image:
         raise typer.BadParameter(
             f"must be images that PIL can read, got {path}: {error}", param_hint="IMAGES"
         ) from error
+
+
+def _read_dataset(
+    name: str, split: str, image_column: str, label_column: str | None, count: int
+) -> tuple[list[Image.Image], Tensor | None, list[str] | None]:
+    """Some images of a data set, their labels and the classes' names, where it has them."""
+    try:
+        import datasets
+    except ModuleNotFoundError:
+        _stop("--dataset_name needs datasets: pip install ctrl-csc-hf[inspect]")
+
+    def refuse(argument: str, allowed: str, received: object) -> NoReturn:
+        raise typer.BadParameter(f"must be {allowed}, got {received!r}", param_hint=argument)
+
+    try:
+        splits = datasets.get_dataset_split_names(name)
+        if split not in splits:
+            refuse("--split", f"one of {splits}", split)
+        # Classes may stand one after the other.
+        dataset = datasets.load_dataset(name, split=split, streaming=True).shuffle(seed=0, buffer_size=20 * count)
+        features: Any = dataset.features or dataset._resolve_features().features
+        if not isinstance(features.get(image_column), datasets.Image):
+            columns = [column for column, feature in features.items() if isinstance(feature, datasets.Image)]
+            refuse("--image_column", f"a column of images, one of {columns}", image_column)
+        kind = features.get(label_column or "label")
+        has_labels = "int" in getattr(kind, "dtype", "")
+        if label_column is not None and not has_labels:
+            refuse("--label_column", f"a column of integers, of {list(features)}", label_column)
+        rows = list(islice(dataset, count))
+    except (OSError, ValueError, datasets.exceptions.DatasetGenerationError) as error:
+        raise typer.BadParameter(
+            f"must be a data set of images that can be read, got {name!r}: {error}", param_hint="--dataset_name"
+        ) from error
+    labels = torch.tensor([row[label_column or "label"] for row in rows]) if has_labels else None
+    return [row[image_column] for row in rows], labels, getattr(kind, "names", None)
