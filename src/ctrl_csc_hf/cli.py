@@ -47,7 +47,7 @@ def reconstruct(
     if output.suffix.lower() != ".png":
         raise typer.BadParameter(f"must end in .png, got {output}", param_hint="--output")
     loaded, processor = _load_model(model, "--model"), _load_image_processor(model)
-    originals = processor([_open_image(path) for path in images], return_tensors="pt").pixel_values
+    originals = processor([_open_image(path, "IMAGES") for path in images], return_tensors="pt").pixel_values
     with torch.inference_mode():
         reconstructions = torch.cat([loaded(batch).reconstruction for batch in originals.split(64)])
     output.parent.mkdir(parents=True, exist_ok=True)
@@ -91,29 +91,37 @@ def inspect(
     try:
         import matplotlib  # noqa: F401
 
-        from .report import dictionary_pictures, html_report, image_pictures, latent_pictures
+        from .report import Picture, dictionary_pictures, html_report, image_pictures, latent_pictures
     except ModuleNotFoundError as error:
         _stop(f"inspect needs {error.name}: pip install ctrl-csc-hf[inspect]")
     loaded, processor = _load_model(model, "--model").float(), _load_image_processor(model)
-    paths = image or []
-    if not paths:
-        paths = sorted(_folder(model).glob("examples/*.png"))
-    pixels = processor([_open_image(path) for path in paths], return_tensors="pt").pixel_values if paths else None
-    labels, class_names, many = None, None, pixels
+    if loaded.config.num_channels != 3:
+        raise typer.BadParameter(
+            f"must be of RGB images, got {loaded.config.num_channels} channels", param_hint="--model"
+        )
+    paths = image or sorted(_folder(model).glob("examples/*.png"))
+    photos = [_open_image(path, "--image") for path in paths]
+    many, labels, class_names = photos, None, None
     if dataset_name is not None:
-        photos, labels, class_names = _read_dataset(dataset_name, split, image_column, label_column, num_images)
-        many = processor(photos, return_tensors="pt").pixel_values
-    named = list(zip([path.stem for path in paths], [] if pixels is None else pixels, strict=True))
-    if not image:  # one is enough
-        named = named[:1] or ([] if many is None else [("image", many[0])])
+        many, labels, class_names = _read_dataset(dataset_name, split, image_column, label_column, num_images)
+    names = [path.stem for path in paths]
+    if len(set(names)) < len(names):
+        names = [f"{name}_{index}" for index, name in enumerate(names, 1)]
+    shown = dict(zip(names, photos, strict=True)) or dict(zip(["image"], many, strict=False))
+    if not image:
+        shown = dict(islice(shown.items(), 1))
 
-    chapters = {"Atoms": dictionary_pictures(loaded, many)}
-    for index, (name, pixel_values) in enumerate(named):
-        unique = sum(name == other for other, _ in named) == 1
-        title = name if unique else f"{name} {index + 1}"
-        chapters[f"Image {title}"] = image_pictures(loaded, pixel_values, title)
-    if dataset_name is not None and many is not None:
-        chapters["Latent space"] = latent_pictures(loaded, many, labels, class_names)
+    chapters: dict[str, list[Picture]] = {}
+    try:
+        pixel_values: Any = processor(many, return_tensors="pt").pixel_values if many else None
+        chapters["Atoms"] = dictionary_pictures(loaded, pixel_values)
+        for name, photo in shown.items():
+            pixels = processor(photo, return_tensors="pt").pixel_values[0]
+            chapters[f"Image {name}"] = image_pictures(loaded, pixels, name)
+        if dataset_name is not None:
+            chapters["Latent space"] = latent_pictures(loaded, pixel_values, labels, class_names)
+    except (ValueError, TypeError) as error:  # what the processor and the model refuse
+        _stop(str(error))
     output.mkdir(parents=True, exist_ok=True)
     for picture in (picture for pictures in chapters.values() for picture in pictures):
         path = output / (re.sub(r"[^\w-]+", "_", picture.name) + ".png")
@@ -121,7 +129,7 @@ def inspect(
         typer.echo(f"{picture.title}: {path}")
     if report is not None:
         report.parent.mkdir(parents=True, exist_ok=True)
-        report.write_text(html_report(loaded, Path(model).name, chapters), encoding="utf-8")
+        report.write_text(html_report(loaded, Path(model).resolve().name, chapters), encoding="utf-8")
         typer.echo(f"All of it: {report}")
 
 
@@ -203,14 +211,14 @@ def _load_image_processor(path_or_repository: str) -> CtrlCscImageProcessor:
         ) from error
 
 
-def _open_image(path: Path) -> Image.Image:
+def _open_image(path: Path, argument: str) -> Image.Image:
     try:
         image = Image.open(path)
         image.load()
         return image
     except (UnidentifiedImageError, OSError) as error:
         raise typer.BadParameter(
-            f"must be images that PIL can read, got {path}: {error}", param_hint="IMAGES"
+            f"must be images that PIL can read, got {path}: {error}", param_hint=argument
         ) from error
 
 
@@ -237,13 +245,15 @@ def _read_dataset(
             columns = [column for column, feature in features.items() if isinstance(feature, datasets.Image)]
             refuse("--image_column", f"a column of images, one of {columns}", image_column)
         kind = features.get(label_column or "label")
-        has_labels = "int" in getattr(kind, "dtype", "")
-        if label_column is not None and not has_labels:
-            refuse("--label_column", f"a column of integers, of {list(features)}", label_column)
         rows = list(islice(dataset, count))
-    except (OSError, ValueError, datasets.exceptions.DatasetGenerationError) as error:
+    except (OSError, ValueError, HTTPError, datasets.exceptions.DatasetGenerationError) as error:
         raise typer.BadParameter(
             f"must be a data set of images that can be read, got {name!r}: {error}", param_hint="--dataset_name"
         ) from error
-    labels = torch.tensor([row[label_column or "label"] for row in rows]) if has_labels else None
-    return [row[image_column] for row in rows], labels, getattr(kind, "names", None)
+    photos = [row[image_column] for row in rows]
+    labels = [row.get(label_column or "label") for row in rows]
+    if all(isinstance(label, int) and label >= 0 for label in labels):  # -1 stands for labels kept secret
+        return photos, torch.tensor(labels), getattr(kind, "names", None)
+    if label_column is not None:
+        refuse("--label_column", f"a column of integers of at least 0, of {list(features)}", label_column)
+    return photos, None, None

@@ -26,16 +26,16 @@ DIRECTIONS = 4  # that are walked
 ANGLES = (-75, -50, -25, 0, 25, 50, 75)  # degrees
 MAX_CLASSES = 10  # with a curve and walks of their own, the largest
 SMALLEST_CLASS = 5  # images, of these
-MAX_CORRELATED = 400  # images in the heat map: each is a row of pixels
+MAX_CORRELATED = 300  # images in the heat map: each is a row of pixels
 ALL = "all images"
 IMAGES_AT_ONCE = 64
-RESOLUTION = 110  # dots per inch
+RESOLUTION = 100  # dots per inch
 
 STYLE = """
 body { font: 17px/1.5 system-ui, sans-serif; max-width: 52rem; margin: 0 auto; padding: 1rem; color: #222 }
 h2 { margin-top: 3rem; border-bottom: 1px solid #ccc } h3 { margin: 2rem 0 .5rem }
-figure { margin: 0 } .picture { overflow-x: auto } img { display: block; width: 100%; min-width: 36rem }
-figcaption { color: #444 } td { padding: .1rem 1rem .1rem 0; vertical-align: top }
+figure { margin: 0 } .picture { overflow-x: auto } img { display: block; width: 100%; min-width: 32rem }
+figcaption { color: #444; margin-top: .5rem } td { padding: .1rem 1rem .1rem 0; vertical-align: top }
 """
 
 
