@@ -15,8 +15,10 @@ from conftest import load_script
 from hub_server import HubServer
 from PIL import Image
 from transformers import HfArgumentParser
+from typer.main import get_command
 
 from ctrl_csc_hf import CtrlCscConfig, CtrlCscImageProcessor, CtrlCscModel
+from ctrl_csc_hf.cli import app
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -117,6 +119,11 @@ def test_commands_in_docs_are_such_commands_with_settings_that_exist() -> None:
                 if command.startswith("make bench"):  # tests/test_benchmarks.py
                     continue
                 program, launch, *words = shlex.split(command)
+                if program == "ctrl-csc":
+                    subcommand = get_command(app).commands[launch]
+                    context = subcommand.context_class(subcommand)
+                    subcommand.make_parser(context).parse_args(words)  # raises at an option that does not exist
+                    continue
                 assert (program, launch) == ("accelerate", "launch"), command
                 launched = launches.parse_args(words)
                 parsers[Path(launched.training_script).stem](launched.training_script_args)

@@ -1,8 +1,10 @@
 """The command line, `ctrl-csc`."""
 
+import re
 import runpy
+from itertools import islice
 from pathlib import Path
-from typing import Annotated, NoReturn
+from typing import Annotated, Any, NoReturn
 
 import torch
 import typer
@@ -11,6 +13,7 @@ from huggingface_hub import constants, snapshot_download
 # httpx's, under whichever of its names huggingface_hub has it.
 from huggingface_hub.errors import HTTPError  # type: ignore[attr-defined]
 from PIL import Image, UnidentifiedImageError
+from torch import Tensor
 from transformers import AutoModel
 
 from . import hub
@@ -44,7 +47,7 @@ def reconstruct(
     if output.suffix.lower() != ".png":
         raise typer.BadParameter(f"must end in .png, got {output}", param_hint="--output")
     loaded, processor = _load_model(model, "--model"), _load_image_processor(model)
-    originals = processor([_open_image(path) for path in images], return_tensors="pt").pixel_values
+    originals = processor([_open_image(path, "IMAGES") for path in images], return_tensors="pt").pixel_values
     with torch.inference_mode():
         reconstructions = torch.cat([loaded(batch).reconstruction for batch in originals.split(64)])
     output.parent.mkdir(parents=True, exist_ok=True)
@@ -53,6 +56,81 @@ def reconstruct(
     for path, psnr in zip(images, peak_signal_to_noise_ratio(originals, reconstructions).tolist(), strict=True):
         typer.echo(f"{path}: PSNR {psnr:.2f} dB")
     typer.echo(f"Originals above reconstructions: {output}")
+
+
+@app.command()
+def inspect(
+    model: Annotated[str, typer.Option(help="A folder that train.py wrote, or a Hub repository.")],
+    image: Annotated[
+        list[Path] | None,
+        typer.Option(help="An image to take apart; may be given several times.", exists=True, dir_okay=False),
+    ] = None,
+    dataset_name: Annotated[
+        str | None,
+        typer.Option("--dataset_name", help="A Hub data set, or a local folder of images or Parquet files."),
+    ] = None,
+    split: Annotated[str, typer.Option(help="Of the data set.")] = "test",
+    image_column: Annotated[str, typer.Option("--image_column", help="Column of the images.")] = "image",
+    label_column: Annotated[
+        str | None, typer.Option("--label_column", help="Column of the labels; by default label, where there is one.")
+    ] = None,
+    num_images: Annotated[
+        int, typer.Option("--num_images", help="Of the data set, drawn at random with a fixed seed.", min=2)
+    ] = 500,
+    output: Annotated[Path, typer.Option(help="Folder of the pictures, PNG files.")] = Path("inspection"),
+    report: Annotated[Path | None, typer.Option(help="An HTML page of all pictures, one file.")] = None,
+) -> None:
+    """Draws what is inside a model: its atoms, what they make of an image, and, given a data set, the latent space.
+
+    Without an image, one of the checkpoint's examples is taken apart, or else the first of the data set.
+    """
+    if report is not None and report.suffix.lower() != ".html":
+        raise typer.BadParameter(f"must end in .html, got {report}", param_hint="--report")
+    if output.exists() and not output.is_dir():
+        raise typer.BadParameter(f"must be a folder or not exist, got {output}", param_hint="--output")
+    try:
+        import matplotlib  # noqa: F401
+
+        from .report import Picture, dictionary_pictures, html_report, image_pictures, latent_pictures
+    except ModuleNotFoundError as error:
+        _stop(f"inspect needs {error.name}: pip install ctrl-csc-hf[inspect]")
+    loaded, processor = _load_model(model, "--model").float(), _load_image_processor(model)
+    if loaded.config.num_channels != 3:
+        raise typer.BadParameter(
+            f"must be of RGB images, got {loaded.config.num_channels} channels", param_hint="--model"
+        )
+    paths = image or sorted(_folder(model).glob("examples/*.png"))
+    photos = [_open_image(path, "--image") for path in paths]
+    many, labels, class_names = photos, None, None
+    if dataset_name is not None:
+        many, labels, class_names = _read_dataset(dataset_name, split, image_column, label_column, num_images)
+    names = [path.stem for path in paths]
+    if len(set(names)) < len(names):
+        names = [f"{name}_{index}" for index, name in enumerate(names, 1)]
+    shown = dict(zip(names, photos, strict=True)) or dict(zip(["image"], many, strict=False))
+    if not image:
+        shown = dict(islice(shown.items(), 1))
+
+    chapters: dict[str, list[Picture]] = {}
+    try:
+        pixel_values: Any = processor(many, return_tensors="pt").pixel_values if many else None
+        chapters["Atoms"] = dictionary_pictures(loaded, pixel_values)
+        for name, photo in shown.items():
+            pixels = processor(photo, return_tensors="pt").pixel_values[0]
+            chapters[f"Image {name}"] = image_pictures(loaded, pixels, name)
+        if dataset_name is not None:
+            chapters["Latent space"] = latent_pictures(loaded, pixel_values, labels, class_names)
+    except (ValueError, TypeError) as error:  # what the processor and the model refuse
+        _stop(str(error))
+    output.mkdir(parents=True, exist_ok=True)
+    for picture in (picture for pictures in chapters.values() for picture in pictures):
+        path = output / (re.sub(r"[^\w-]+", "_", picture.name) + ".png")
+        path.write_bytes(picture.png)
+        typer.echo(f"{picture.title}: {path}")
+    if report is not None:
+        report.parent.mkdir(parents=True, exist_ok=True)
+        report.write_text(html_report(loaded, Path(model).resolve().name, chapters), encoding="utf-8")
+        typer.echo(f"All of it: {report}")
 
 
 @app.command()
@@ -90,7 +168,7 @@ def demo(
     except ModuleNotFoundError as error:
         _stop(f"the demo needs {error.name}: pip install ctrl-csc-hf[demo]")
 
-    folder = Path(model) if Path(model).is_dir() else Path(snapshot_download(model))
+    folder = _folder(model)
     examples = sorted(str(path) for path in folder.glob("examples/*.png"))
     page = build(CtrlCscPipeline(loaded, processor), examples)
     try:
@@ -119,6 +197,11 @@ def _load_model(path_or_repository: str, argument: str) -> CtrlCscModel:
     return model.eval()
 
 
+def _folder(path_or_repository: str) -> Path:
+    local = Path(path_or_repository)
+    return local if local.is_dir() else Path(snapshot_download(path_or_repository))
+
+
 def _load_image_processor(path_or_repository: str) -> CtrlCscImageProcessor:
     try:
         return CtrlCscImageProcessor.from_pretrained(path_or_repository)
@@ -128,12 +211,49 @@ def _load_image_processor(path_or_repository: str) -> CtrlCscImageProcessor:
         ) from error
 
 
-def _open_image(path: Path) -> Image.Image:
+def _open_image(path: Path, argument: str) -> Image.Image:
     try:
         image = Image.open(path)
         image.load()
         return image
     except (UnidentifiedImageError, OSError) as error:
         raise typer.BadParameter(
-            f"must be images that PIL can read, got {path}: {error}", param_hint="IMAGES"
+            f"must be images that PIL can read, got {path}: {error}", param_hint=argument
         ) from error
+
+
+def _read_dataset(
+    name: str, split: str, image_column: str, label_column: str | None, count: int
+) -> tuple[list[Image.Image], Tensor | None, list[str] | None]:
+    """Some images of a data set, their labels and the classes' names, where it has them."""
+    try:
+        import datasets
+    except ModuleNotFoundError:
+        _stop("--dataset_name needs datasets: pip install ctrl-csc-hf[inspect]")
+
+    def refuse(argument: str, allowed: str, received: object) -> NoReturn:
+        raise typer.BadParameter(f"must be {allowed}, got {received!r}", param_hint=argument)
+
+    try:
+        splits = datasets.get_dataset_split_names(name)
+        if split not in splits:
+            refuse("--split", f"one of {splits}", split)
+        # Classes may stand one after the other.
+        dataset = datasets.load_dataset(name, split=split, streaming=True).shuffle(seed=0, buffer_size=20 * count)
+        features: Any = dataset.features or dataset._resolve_features().features
+        if not isinstance(features.get(image_column), datasets.Image):
+            columns = [column for column, feature in features.items() if isinstance(feature, datasets.Image)]
+            refuse("--image_column", f"a column of images, one of {columns}", image_column)
+        kind = features.get(label_column or "label")
+        rows = list(islice(dataset, count))
+    except (OSError, ValueError, HTTPError, datasets.exceptions.DatasetGenerationError) as error:
+        raise typer.BadParameter(
+            f"must be a data set of images that can be read, got {name!r}: {error}", param_hint="--dataset_name"
+        ) from error
+    photos = [row[image_column] for row in rows]
+    labels = [row.get(label_column or "label") for row in rows]
+    if all(isinstance(label, int) and label >= 0 for label in labels):  # -1 stands for labels kept secret
+        return photos, torch.tensor(labels), getattr(kind, "names", None)
+    if label_column is not None:
+        refuse("--label_column", f"a column of integers of at least 0, of {list(features)}", label_column)
+    return photos, None, None

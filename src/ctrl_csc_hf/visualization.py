@@ -1,4 +1,7 @@
-"""Pictures: grids of images, and the curves of a training run. Needs matplotlib for the curves alone."""
+"""Pictures: grids of images, the curves of a training run, and what is inside a model. Needs matplotlib for figures.
+
+Images are (3, H, W), pixels in [-1, 1]. What a figure of the inside shows comes from `anatomy`.
+"""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -9,14 +12,21 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
+from .anatomy import energy_shares, leading_atoms, spectrum
 from .configuration_ctrl_csc import CtrlCscConfig
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 GAP = 2  # pixels between the images of a grid
 GROUP_GAP = 8  # pixels between two pairs of rows
 ENCODER_COLOR, DECODER_COLOR = "#1f5fa8", "#b5541c"
+WIDTH = 7.2  # inches, of the figures of the inside: wide enough for 9 tiles, and text that a phone still shows
+SMALL = 7  # points, of text at tiles
+ATLAS = 128  # atoms
+MAPS = 7  # of codes, a stage
+REGION_COLORS = ("#e41a1c", "#377eb8", "#4daf4a", "#984ea3", "#ff7f00")
 
 
 def reconstruction_grid(
@@ -120,3 +130,233 @@ def training_curves(records: Sequence[Mapping[str, float]]) -> "Figure":
             axes.yaxis.set_major_formatter(PercentFormatter(1.0))
             axes.set_ylim(0, 1)
     return figure
+
+
+def atom_atlas(atoms: Tensor, use: Tensor | None = None, *, title: str) -> "Figure":
+    """Atoms in pixels, row by row from the most used on, and the curve of the use of all.
+
+    Each atom is scaled by its largest magnitude; grey is zero.
+
+    Args:
+        atoms: (atoms, 3, a, a), of `anatomy.atoms_in_pixels`.
+        use: (atoms,), shares of the code energy, of `anatomy.energy_shares`; without it atoms are sorted by norm.
+        title: of the figure.
+    """
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import PercentFormatter
+
+    norms = atoms.flatten(1).norm(dim=1)
+    measure = norms if use is None else use
+    order = measure.argsort(descending=True)
+    shown = atoms[order[:ATLAS]]
+    shown = shown / shown.abs().amax(dim=(1, 2, 3), keepdim=True).clamp(min=1e-12)
+    columns = min(16, len(shown))
+    side = atoms.shape[-1] + 1
+    rows = math.ceil(len(shown) / columns)
+    sheet = np.ones((rows * side - 1, columns * side - 1, 3))
+    for index, picture in enumerate(_to_hwc(shown)):
+        top, left = index // columns * side, index % columns * side
+        sheet[top : top + side - 1, left : left + side - 1] = picture
+    height = WIDTH * rows / columns
+    figure = Figure(figsize=(WIDTH, height + 2), layout="constrained")
+    above, below = figure.subplots(2, 1, height_ratios=[height, 1.4])
+    number = f"{len(atoms)} atoms" if len(shown) == len(atoms) else f"the first {len(shown)} of {len(atoms)} atoms"
+    above.imshow(sheet, interpolation="nearest")
+    above.set_title(f"{title}: {number}, {'largest norm' if use is None else 'most used'} first", fontsize=10)
+    above.axis("off")
+    below.plot(range(1, len(order) + 1), measure[order].tolist(), color=DECODER_COLOR)
+    below.set(xlabel="atom, in this order", ylabel="norm in pixels" if use is None else "share of energy")
+    if use is not None:
+        below.yaxis.set_major_formatter(PercentFormatter(1.0))
+    below.set_ylim(bottom=0)
+    below.grid(alpha=0.3)
+    return figure
+
+
+def code_maps(image: Tensor, codes: Sequence[Tensor], atoms: Sequence[Tensor]) -> "Figure":
+    """Of every stage the maps of the codes of one image, for the atoms that hold most of its code energy.
+
+    Args:
+        image: (3, H, W).
+        codes: of every stage (atoms, h, w), non-negative.
+        atoms: of every stage (atoms, 3, a, a), of `anatomy.atoms_in_pixels`; drawn above their maps.
+    """
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(WIDTH, 2.25 * len(codes)), layout="constrained")
+    parts = figure.subfigures(len(codes), 1, squeeze=False)[:, 0]
+    for stage, (part, maps, pictures) in enumerate(zip(parts, codes, atoms, strict=True), 1):
+        use = energy_shares(maps[None])
+        channels, height, width = maps.shape
+        active = (maps != 0).float().mean().item()
+        part.suptitle(
+            f"stage {stage}: {channels} atoms at {height} x {width} places, {active:.0%} of the codes are not zero",
+            fontsize=9,
+        )
+        axes = part.subplots(2, MAPS + 1)
+        for each in axes.flat:
+            _bare(each)
+        axes[0, 0].imshow(_to_hwc(image[None])[0])
+        axes[0, 0].set_title("image", fontsize=SMALL)
+        total = maps.sum(dim=0)
+        axes[1, 0].imshow(total.cpu(), cmap="Greys", vmin=0)
+        axes[1, 0].set_xlabel("all atoms", fontsize=SMALL)
+        order = use.argsort(descending=True)[:MAPS].tolist()
+        largest = max(maps[order].max().item(), 1e-12)
+        for column, index in enumerate(order, 1):
+            picture = pictures[index]
+            axes[0, column].imshow(_to_hwc(picture[None] / picture.abs().max().clamp(min=1e-12))[0])
+            axes[0, column].set_title(f"atom {index}", fontsize=SMALL)
+            drawn = axes[1, column].imshow(maps[index].cpu(), cmap="Blues", vmin=0, vmax=largest)
+            axes[1, column].set_xlabel(f"{use[index]:.1%}", fontsize=SMALL)
+        bar = part.colorbar(drawn, ax=axes, aspect=30, pad=0.01)
+        bar.set_label("code", fontsize=SMALL)
+        bar.ax.tick_params(labelsize=SMALL)
+    return figure
+
+
+def region_maps(reconstruction: Tensor, contributions: Sequence[Tensor], atoms: Sequence[Tensor]) -> "Figure":
+    """Of every stage, which atom contributes most around each pixel; those that lead most pixels have a colour.
+
+    Args:
+        reconstruction: (3, H, W).
+        contributions: of every stage (atoms, 3, H, W), of `anatomy.contributions`.
+        atoms: of every stage (atoms, 3, a, a), of the decoder.
+    """
+    from matplotlib.colors import ListedColormap
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(WIDTH, 1.2 * len(contributions) + 0.2), layout="constrained")
+    axes = figure.subplots(len(contributions), len(REGION_COLORS) + 2, squeeze=False)
+    for row, (parts, pictures) in enumerate(zip(contributions, atoms, strict=True)):
+        for each in axes[row]:
+            _bare(each)
+        leading = leading_atoms(parts)
+        pixels = torch.bincount(leading.flatten(), minlength=len(parts))
+        order = pixels.argsort(descending=True)[: len(REGION_COLORS)].tolist()
+        number = torch.full((len(parts),), len(REGION_COLORS))
+        number[order] = torch.arange(len(order))
+        axes[row, 0].imshow(_to_hwc(reconstruction[None])[0])
+        axes[row, 0].set_ylabel(f"stage {row + 1}", fontsize=SMALL + 1)
+        palette = ListedColormap([*REGION_COLORS, "#e6e6e6"])
+        axes[row, 1].imshow(
+            number[leading.cpu()], cmap=palette, vmin=0, vmax=len(REGION_COLORS), interpolation="nearest"
+        )
+        for column, (index, color) in enumerate(zip(order, REGION_COLORS, strict=False), 2):
+            picture = pictures[index]
+            axes[row, column].imshow(_to_hwc(picture[None] / picture.abs().max().clamp(min=1e-12))[0])
+            axes[row, column].set_xlabel(f"{index}: {pixels[index] / leading.numel():.0%}", fontsize=SMALL)
+            for spine in axes[row, column].spines.values():
+                spine.set(visible=True, color=color, linewidth=3)
+    axes[0, 0].set_title("reconstruction", fontsize=SMALL)
+    axes[0, 1].set_title("regions", fontsize=SMALL)
+    return figure
+
+
+def image_table(
+    images: Tensor,
+    *,
+    row_labels: Sequence[str],
+    column_labels: Sequence[str] = (),
+    image_labels: Sequence[Sequence[str]] = (),
+) -> "Figure":
+    """Images in rows and columns, with labels.
+
+    Args:
+        images: (rows, columns, 3, H, W).
+        row_labels, column_labels: on the left and above.
+        image_labels: of every row, below each image.
+    """
+    from matplotlib.figure import Figure
+
+    rows, columns = images.shape[:2]
+    tile = WIDTH / (columns + 0.5)
+    figure = Figure(figsize=(WIDTH, (tile + (0.2 if image_labels else 0.05)) * rows + 0.3), layout="constrained")
+    axes = figure.subplots(rows, columns, squeeze=False)
+    for row in range(rows):
+        for column, picture in enumerate(_to_hwc(images[row])):
+            _bare(axes[row, column])
+            axes[row, column].imshow(picture, interpolation="nearest")
+            if image_labels:
+                axes[row, column].set_xlabel(image_labels[row][column], fontsize=SMALL)
+        axes[row, 0].set_ylabel(row_labels[row], fontsize=SMALL + 1)
+    for column, label in enumerate(column_labels):
+        axes[0, column].set_title(label, fontsize=SMALL + 1)
+    return figure
+
+
+def singular_values(sets: Mapping[str, Tensor]) -> "Figure":
+    """Singular values of Z / sqrt(n) of sets of latents (n, d), such as all and each class."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(WIDTH, 4), layout="constrained")
+    axes = figure.subplots()
+    for index, (name, latents) in enumerate(sets.items()):
+        values = spectrum(latents).tolist()
+        style = {"color": "black", "linewidth": 2} if index == 0 else {"linewidth": 1}
+        axes.plot(range(1, len(values) + 1), values, label=f"{name}, n = {len(latents)}", **style)
+    axes.set(xlabel="index", ylabel="singular value of Z / √n", xscale="log", ylim=(0, None))
+    axes.grid(alpha=0.3)
+    axes.legend(frameon=False, fontsize=SMALL + 1)
+    return figure
+
+
+def correlation_map(
+    latents: Tensor,
+    labels: Tensor | None = None,
+    reconstructed_latents: Tensor | None = None,
+    class_names: Sequence[str] | None = None,
+) -> "Figure":
+    """|Z^T Z|, or |Z^T Zh|, as a heat map, images ordered by class; latents are columns of Z in this notation.
+
+    Args:
+        latents: (n, d), unit vectors; n of some hundreds, as every image is a row of the picture.
+        labels: (n,), integers; without them images stay in their order.
+        reconstructed_latents: zh (n, d); without them the latents are compared with themselves.
+        class_names: of label 0, 1, ...; by default the numbers.
+
+    Raises:
+        ValueError: if labels or reconstructed latents do not belong to as many images.
+    """
+    from matplotlib.figure import Figure
+
+    other = latents if reconstructed_latents is None else reconstructed_latents
+    if other.shape != latents.shape:
+        raise ValueError(
+            f"reconstructed_latents must have the shape of latents, {tuple(latents.shape)}, got {tuple(other.shape)}"
+        )
+    if labels is not None and labels.shape != latents.shape[:1]:
+        raise ValueError(f"labels must have shape ({len(latents)},), got {tuple(labels.shape)}")
+    order = torch.arange(len(latents)) if labels is None else labels.cpu().argsort(stable=True)
+    values = (latents[order].float() @ other[order].float().T).abs().cpu()
+    name = "ZᵀZ" if reconstructed_latents is None else "ZᵀẐ"
+    figure = Figure(figsize=(6, 5.4), layout="constrained")
+    axes = figure.subplots()
+    drawn = axes.imshow(values, cmap="viridis", vmin=0, vmax=1)
+    bar = figure.colorbar(drawn, label=f"|{name}|, the cosine's magnitude")
+    bar.ax.tick_params(labelsize=SMALL + 1)
+    if labels is None:
+        axes.set(xlabel="image", ylabel="image")
+        return figure
+    classes, counts = labels.cpu().unique(return_counts=True)
+    ends = counts.cumsum(dim=0)
+    names = [str(label) if class_names is None else class_names[label] for label in classes.tolist()]
+    middles = (ends - counts / 2 - 0.5).tolist()
+    axes.set_xticks(middles, names, rotation=45, ha="right", fontsize=SMALL + 1)
+    axes.set_yticks(middles, names, fontsize=SMALL + 1)
+    for end in ends[:-1].tolist():
+        axes.axhline(end - 0.5, color="white", linewidth=0.4)
+        axes.axvline(end - 0.5, color="white", linewidth=0.4)
+    return figure
+
+
+def _to_hwc(images: Tensor) -> np.ndarray:
+    """(n, 3, H, W) in [-1, 1] as (n, H, W, 3) in [0, 1]."""
+    return (images.detach().float().clamp(-1, 1) / 2 + 0.5).permute(0, 2, 3, 1).cpu().numpy()
+
+
+def _bare(axes: "Axes") -> None:
+    """No ticks and no frame."""
+    axes.set(xticks=[], yticks=[])
+    for spine in axes.spines.values():
+        spine.set_visible(False)
