@@ -96,24 +96,39 @@ def to_pixel_values(pixels: Tensor, device: torch.device | str = "cpu") -> Tenso
 
 
 def take_images(dataset: ImageDataset, count: int, *, image_column: str, image_size: int) -> Tensor:
-    """The first `count` readable images, or all if there are fewer, not augmented: (n, 3, s, s), pixels in [-1, 1].
+    """The images of `take_examples`."""
+    return take_examples(dataset, count, image_column=image_column, image_size=image_size)[0]
+
+
+def take_examples(
+    dataset: ImageDataset, count: int, *, image_column: str, image_size: int, label_column: str | None = None
+) -> tuple[Tensor, Tensor | None]:
+    """The first `count` readable images, or all if there are fewer, not augmented, and their labels.
+
+    Returns:
+        (n, 3, s, s), pixels in [-1, 1]; (n,), or None without a column of labels.
 
     Raises:
         ValueError: for a column that does not exist or holds something else, and if no image can be read.
     """
     pixels: list[np.ndarray] = []
+    labels: list[int] = []
     unreadable = 0
-    for position, row in enumerate(undecoded(dataset, image_column, None)):
+    for position, row in enumerate(undecoded(dataset, image_column, label_column)):
         try:
             pixels.append(decode(row[image_column], image_size))
         except Exception as error:  # PIL's decoders raise nearly everything on broken files
             unreadable += 1
             logger.warning("unreadable image skipped, %s: %r", name_of(row[image_column], str(position)), error)
+            continue
+        if label_column is not None:
+            labels.append(row[label_column])
         if len(pixels) == count:
             break
     if not pixels:
         raise ValueError(f"none of the {unreadable} images of the data set can be read")
-    return to_pixel_values(torch.from_numpy(np.stack(pixels)))
+    images = to_pixel_values(torch.from_numpy(np.stack(pixels)))
+    return images, None if label_column is None else torch.tensor(labels)
 
 
 def hold_out(dataset: ImageDataset, count: int, *, image_column: str) -> tuple[ImageDataset, ImageDataset]:

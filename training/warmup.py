@@ -15,6 +15,9 @@ from tqdm.auto import tqdm
 from ctrl_csc_hf import CtrlCscModel
 from ctrl_csc_hf.distributed import sum_gradients, sum_over_processes
 
+CHANNELWISE = (0, 2, 3)
+FIT_ITERATIONS = 30
+
 
 def learn_dictionaries(
     accelerator: Accelerator,
@@ -59,7 +62,10 @@ def learn_dictionaries(
 
 @torch.no_grad()
 def invert_encoder(model: CtrlCscModel, images: Tensor) -> None:
-    """Gives the decoder the encoder's dictionaries, and batch norms that undo the encoder's on these images.
+    """Gives the decoder the encoder's dictionaries, and batch norms that make its codes look like the encoder's.
+
+    What passed the latents has lost some of the codes' deviation, and a relu moves the mean of the rest: undoing the
+    encoder's batch norms alone would leave codes too dense and too even.
 
     Args:
         images: (n, C, H, W), pixels in [-1, 1].
@@ -70,12 +76,35 @@ def invert_encoder(model: CtrlCscModel, images: Tensor) -> None:
     if model.config.decoder_normalization == "inverse":
         return
     *sizes, _ = model.config.signal_sizes
-    vector = encoder(images).latents[:, :, None, None] * encoder.latent_norm
-    signal = decoder.last_stage.synthesize(vector, (sizes[-1], sizes[-1]))
+    encoded = encoder(images, output_codes=True, update_statistics=False)
+    signal = encoded.latents[:, :, None, None] * encoder.latent_norm
+    signal = decoder.last_stage.synthesize(signal, (sizes[-1], sizes[-1]))
     for index in reversed(range(len(sizes) - 1)):
-        own, theirs = decoder.norms[index], encoder.norms[index]
-        inverted = theirs.inverse(signal)
+        inverted = encoder.norms[index].inverse(signal)
+        norm = decoder.norms[index]
         # A batch norm's output has its bias as mean and its weight as deviation.
-        own.bias.copy_(inverted.mean(dim=(0, 2, 3)))
-        own.weight.copy_(inverted.std(dim=(0, 2, 3), correction=0) * theirs.weight.sign())
-        signal = decoder.stages[index].synthesize(F.relu(inverted), (sizes[index], sizes[index]))
+        weight, bias, codes = fit_rectified(inverted, encoded.codes[index])
+        norm.weight.copy_(weight * encoder.norms[index].weight.sign())
+        norm.bias.copy_(bias)
+        signal = decoder.stages[index].synthesize(codes, (sizes[index], sizes[index]))
+
+
+def fit_rectified(signal: Tensor, codes: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Weight w and bias b (C,) with which relu(w u + b) has mean and deviation of the codes in each channel, and it.
+
+    u is the signal (n, C, h, w) less its mean, over its deviation. A fixed-point iteration from the signal's own mean
+    and deviation.
+    """
+    weight, bias = deviation(signal), signal.mean(CHANNELWISE)
+    normalized = (signal - bias[:, None, None]) / weight[:, None, None]
+    fitted = F.relu(signal)
+    for _ in range(FIT_ITERATIONS):
+        weight = weight * (deviation(codes) / deviation(fitted)).clamp(0.5, 2)
+        bias = bias + codes.mean(CHANNELWISE) - fitted.mean(CHANNELWISE)
+        fitted = F.relu(normalized * weight[:, None, None] + bias[:, None, None])
+    return weight, bias, fitted
+
+
+def deviation(signal: Tensor) -> Tensor:
+    """Standard deviation of each channel of (n, C, h, w), above 0: (C,)."""
+    return signal.std(CHANNELWISE, correction=0).clamp(min=1e-12)

@@ -1,0 +1,102 @@
+"""What evaluate.py measures: this package's checkpoints, PCA, the mean image, and autoencoders of diffusers."""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+import baselines  # registers its models for AutoModel
+import torch
+from torch import Tensor
+from transformers import AutoModel
+
+from ctrl_csc_hf import CtrlCscModel
+from ctrl_csc_hf.metrics import FeatureMoments
+
+
+@dataclass(frozen=True)
+class Autoencoder:
+    """encode: pixels (n, 3, s, s) in [-1, 1] -> latents (n, d); decode: those -> pixels.
+
+    codes: pixels -> the codes of every stage, where it has stages of sparse coding.
+    """
+
+    encode: Callable[[Tensor], Tensor]
+    decode: Callable[[Tensor], Tensor]
+    codes: Callable[[Tensor], tuple[Tensor, ...]] | None = None
+
+
+def load_model(path_or_repository: str, device: torch.device | str) -> CtrlCscModel:
+    """A model that train.py wrote, CTRL-CSC or one of baselines.py, to evaluate.
+
+    Raises:
+        ValueError: for another model.
+    """
+    model = AutoModel.from_pretrained(path_or_repository)
+    if not isinstance(model, CtrlCscModel):
+        raise ValueError(f"{path_or_repository!r} must hold a model of train.py, got {type(model).__name__}")
+    return model.eval().to(device)
+
+
+def autoencoder(model: CtrlCscModel) -> Autoencoder:
+    is_sparse = not isinstance(model, baselines.ConvolutionalModel)
+    return Autoencoder(
+        encode=lambda x: model.encode(x).latents,
+        decode=lambda z: model.decode(z).reconstruction,
+        codes=(lambda x: model.encode(x, output_codes=True).codes) if is_sparse else None,
+    )
+
+
+def diffusers_autoencoder(path_or_repository: str, device: torch.device | str) -> Autoencoder:
+    """Any autoencoder of diffusers, from a repository's root or its folder `vae`; its posterior's mode is the latent.
+
+    Raises:
+        ValueError: where there is none.
+    """
+    from diffusers import AutoModel as AutoDiffusersModel
+
+    try:
+        vae = AutoDiffusersModel.from_pretrained(path_or_repository)
+    except (OSError, ValueError):
+        try:
+            vae = AutoDiffusersModel.from_pretrained(path_or_repository, subfolder="vae")
+        except (OSError, ValueError) as error:
+            raise ValueError(
+                f"{path_or_repository!r} must hold an autoencoder of diffusers, at its root or in vae/: {error}"
+            ) from error
+    vae = vae.eval().to(device)
+    shape: list[torch.Size] = []  # of a latent, known from the first batch on
+
+    def encode(x: Tensor) -> Tensor:
+        encoded = vae.encode(x)
+        latents = encoded.latent_dist.mode() if hasattr(encoded, "latent_dist") else encoded.latents
+        shape[:] = [latents.shape[1:]]
+        return latents.flatten(1)
+
+    return Autoencoder(encode, lambda z: vae.decode(z.unflatten(1, shape[0])).sample)
+
+
+def linear_rivals(batches: Iterable[Tensor], dims: Iterable[int]) -> dict[str, Autoencoder]:
+    """PCA of training images (n, 3, s, s), with each number of components, and their mean image."""
+    moments = None
+    for batch in batches:
+        shape = batch.shape[1:]
+        moments = moments or FeatureMoments(shape.numel())
+        moments.update(batch.flatten(1))
+    if moments is None:
+        raise ValueError("the training split must hold images that can be read, got none")
+    device = batch.device
+    mean = moments.mean.float().to(device)
+    _, vectors = torch.linalg.eigh(moments.covariance)
+
+    def pca(dim: int) -> Autoencoder:
+        components = vectors[:, -dim:].float().to(device)
+        return Autoencoder(
+            encode=lambda x: (x.flatten(1) - mean) @ components,
+            decode=lambda z: (z @ components.T + mean).clamp(-1, 1).unflatten(1, shape),
+        )
+
+    rivals = {f"PCA, {dim} numbers": pca(dim) for dim in sorted(dims)}
+    return rivals | {
+        "mean image": Autoencoder(
+            encode=lambda x: x.new_zeros(len(x), 1), decode=lambda z: mean.expand(len(z), -1).unflatten(1, shape)
+        )
+    }
