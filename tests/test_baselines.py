@@ -1,0 +1,128 @@
+"""What CTRL-CSC is compared with, against plain torch; and the sweep that compares."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.nn.functional as F
+import yaml
+from baselines import ConvolutionalConfig, ConvolutionalModel, SquaredErrorLoop
+from settings import parse_settings
+from transformers import AutoModel
+
+from ctrl_csc_hf import CtrlCscConfig, CtrlCscModel
+from ctrl_csc_hf.closed_loop import ClosedLoopObjective, player_parameters
+
+SHAPE = {
+    "image_size": 16,
+    "latent_dim": 8,
+    "stage_channels": [4, 6],
+    "kernel_sizes": [4, 4, 4],
+    "strides": [2, 2, 1],
+    "paddings": [1, 1, 0],
+}
+
+
+def images(count: int = 6) -> torch.Tensor:
+    return torch.rand(count, 3, 16, 16, generator=torch.Generator().manual_seed(0)) * 2 - 1
+
+
+def test_the_convolutional_encoder_is_convolution_batch_norm_leaky_relu() -> None:
+    torch.manual_seed(0)
+    model = ConvolutionalModel(ConvolutionalConfig(**SHAPE)).train()
+    x = signal = images()
+    for stage, stride, padding in zip(model.encoder.stages, (2, 2), (1, 1), strict=True):
+        convolved = F.conv2d(signal, stage.dictionary, stride=stride, padding=padding)
+        signal = F.leaky_relu(F.batch_norm(convolved, None, None, training=True), 0.2)
+    vector = F.conv2d(signal, model.encoder.last_stage.dictionary).flatten(1)
+    torch.testing.assert_close(model.encode(x).latents, F.normalize(vector), atol=1e-5, rtol=1e-4)
+
+
+def test_it_is_saved_and_loaded_by_automodel(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = ConvolutionalModel(ConvolutionalConfig(**SHAPE)).eval()
+    model.save_pretrained(tmp_path)
+    loaded = AutoModel.from_pretrained(tmp_path).eval()
+    assert type(loaded) is ConvolutionalModel
+    assert torch.equal(loaded(images()).reconstruction, model(images()).reconstruction)
+
+
+def test_squared_error_steps_as_plain_autograd_does() -> None:
+    torch.manual_seed(0)
+    model = CtrlCscModel(CtrlCscConfig(**SHAPE)).train()
+    reference = CtrlCscModel(CtrlCscConfig(**SHAPE)).train()
+    reference.load_state_dict(model.state_dict())
+    optimizers = [torch.optim.SGD(parameters, 0.1) for parameters in player_parameters(model)]
+    figures = SquaredErrorLoop(model, ClosedLoopObjective(), *optimizers).step(images())
+
+    loss = F.mse_loss(reference.decoder(reference.encoder(images()).latents).reconstruction, images())
+    torch.optim.SGD(reference.parameters(), 0.1).zero_grad()
+    loss.backward()
+    torch.optim.SGD([p for p in reference.parameters() if p.requires_grad], 0.1).step()
+    reference.project_parameters()
+    assert figures.encoder_loss.item() == pytest.approx(loss.item(), rel=1e-5)
+    for (name, got), expected in zip(model.named_parameters(), reference.parameters(), strict=True):
+        torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-4, msg=name)
+
+
+def test_train_trains_both_and_squared_error_falls(train: Callable[..., Path]) -> None:
+    folder = train("--max_train_steps", "1", "--encoder", "convolution", output="convolutional")
+    assert type(AutoModel.from_pretrained(folder)) is ConvolutionalModel
+    steps = ("--max_train_steps", "30", "--decoder_learning_rate", "5e-3", "--encoder_learning_rate", "5e-3")
+    folder = train(*steps, "--loop", "squared_error", output="squared")
+    losses = [r["encoder_loss"] for r in json.loads((folder / "history.json").read_text()) if "encoder_loss" in r]
+    assert losses[-1] < 0.7 * losses[0]
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (("--encoder", "fourier"), "encoder must be one of"),
+        (("--loop", "gan"), "loop must be one of"),
+        (("--encoder", "convolution", "--energy", "1"), "must be 0 for encoder='convolution'"),
+        (("--collapse_share", "2"), "collapse_share must be between 0 and 1"),
+        (("--collapse_steps", "0"), "collapse_steps must be at least 1"),
+    ],
+)
+def test_wrong_settings_are_refused(tiny_preset: Path, flags: tuple[str, ...], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        parse_settings(["--config", str(tiny_preset), "--train_data_dir", "somewhere", *flags])
+
+
+def test_every_row_of_the_sweep_is_a_run_that_settings_accept(tmp_path: Path) -> None:
+    from sweep import BASE, ROWS
+
+    from ctrl_csc_hf.presets import load_preset
+
+    for row, changes in ROWS.items():
+        preset = load_preset(BASE)
+        for section, values in changes.items():
+            assert all(preset[section].get(key) != value for key, value in values.items()), f"{row} changes nothing"
+            preset[section] |= values
+        path = tmp_path / "row.yaml"
+        path.write_text(yaml.safe_dump(preset))
+        parse_settings(["--config", str(path)])
+
+
+def test_the_sweep_runs_what_is_missing_and_prints_a_table(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    import sweep
+
+    asked: list[tuple[str, int]] = []
+
+    def run(row: str, seed: int, _: object) -> dict[str, object]:
+        asked.append((row, seed))
+        figures = dict.fromkeys(("psnr", "match", "cosine", "frechet_distance", "rate", "rate_reduction"), 1.0)
+        return {"row": row, "seed": seed, **figures, "seconds": 60}
+
+    monkeypatch.setattr(sweep, "run", run)
+    arguments = SimpleNamespace(output_dir=tmp_path, rows=["base", "w_g 0"], seeds=[0])
+    sweep.main(arguments)
+    arguments.seeds = [0, 1]
+    sweep.main(arguments)
+    assert asked == [("base", 0), ("w_g 0", 0), ("base", 1), ("w_g 0", 1)]
+    assert "| w_g 0 | 1 | 1.00 | 100.0% |" in capsys.readouterr().out
