@@ -97,6 +97,18 @@ def test_the_metadata_are_documented_fields_and_figures_those_of_the_checkpoint(
     assert len(found["widget"]) == 2
 
 
+def test_what_evaluate_adds_to_the_figures_is_in_the_card(checkpoint: Path, tmp_path: Path) -> None:
+    added = {"held_out_images": 10000, "frechet_distance": 6.25, "linear_probe": 0.456, "evaluation": {"results": {}}}
+    (checkpoint / "metrics.json").write_text(json.dumps(METRICS | added))
+    folder = export(trained_model(False, "batch_norm"), tmp_path / "out", repo_id=REPOSITORY, checkpoint=checkpoint)
+    card = (folder / "README.md").read_text()
+    (result,) = metadata(card)["model-index"][0]["results"]
+    figures = {metric["type"]: metric["value"] for metric in result["metrics"]}
+    assert figures["frechet_distance"] == 6.25 and figures["linear_probe"] == 0.456
+    assert "On 10000 held-out images of uoft-cs/cifar10 (test), by training/evaluate.py:" in card
+    assert "| linear probe on the latents, accuracy | 45.6% |" in card
+
+
 def test_the_text_tells_settings_results_and_limits(repository: Path) -> None:
     card = (repository / "README.md").read_text()
     training = load_preset("cifar10_energy")["training"]

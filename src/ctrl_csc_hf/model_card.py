@@ -25,12 +25,21 @@ GAME = (
     "Encoder and decoder play a game: the encoder raises dR(Z, Zh) = R(Z u Zh) - R(Z)/2 - R(Zh)/2, which tells the "
     "latents of images and of their reconstructions apart, the decoder lowers it"
 )
-# Of metrics.json: its entry, the figure's name in the card, its metric type, how it is written.
+# Of metrics.json, which train.py writes and evaluate.py adds to: its entry, the figure's name in the card, its metric
+# type, how it is written.
 FIGURES = (
     ("held_out_psnr", "PSNR, mean over images, dB", "psnr", "{:.2f}"),
     ("held_out_match", "nearest-latent match", "nearest_latent_match", "{:.1%}"),
     ("held_out_rate", "R(Z), nats", "coding_rate", "{:.2f}"),
     ("held_out_rate_reduction", "dR(Z, Zh), nats", "rate_reduction", "{:.3f}"),
+    ("ssim", "SSIM", "ssim", "{:.3f}"),
+    ("lpips", "LPIPS", "lpips", "{:.3f}"),
+    ("frechet_distance", "Fréchet distance of reconstructions", "frechet_distance", "{:.2f}"),
+    ("kernel_distance", "kernel distance of reconstructions", "kernel_distance", "{:.4f}"),
+    ("linear_probe", "linear probe on the latents, accuracy", "linear_probe", "{:.1%}"),
+    ("knn", "10 nearest latents, accuracy", "knn", "{:.1%}"),
+    ("unseen_psnr", "PSNR on a data set not trained on, dB", "unseen_psnr", "{:.2f}"),
+    ("unseen_match", "nearest-latent match there", "unseen_match", "{:.1%}"),
 )
 LICENCES = {
     "ILSVRC/imagenet-1k": "for non-commercial research and education only, by the terms of ImageNet",
@@ -77,6 +86,7 @@ def model_card(
     results = [
         (name, kind, form.format(metrics[key]), metrics[key]) for key, name, kind, form in FIGURES if key in metrics
     ]
+    count = metrics.get("held_out_images", settings.get("num_validation_images", ""))
     grid, examples = (pictures[0], pictures[1:]) if pictures else (None, [])
     card_data = ModelCardData(
         license=license,
@@ -122,10 +132,9 @@ def model_card(
         dataset_licence=LICENCES.get(dataset),
         results=[(name, text) for name, _, text, _ in results],
         results_on=(
-            f"{settings.get('num_validation_images', '')} held-out images of {dataset} ({split})"
-            if settings
-            else "held-out images of an unknown data set"
+            f"{count} held-out images of {dataset} ({split})" if settings else "held-out images of an unknown data set"
         ),
+        evaluated="held_out_images" in metrics,
         biases=BIASES.get(dataset, OTHER_BIASES),
     )
 
