@@ -194,7 +194,7 @@ def test_kernel_distance_of_many_images_is_that_of_a_uniform_sample_whatever_the
 ) -> None:
     monkeypatch.setattr("ctrl_csc_hf.metrics.distributions.SAMPLE_SIZE", 50)
     x = torch.arange(2000.0)[:, None]
-    samples = [filled(KernelDistance(), x, -x, batch=batch).sample for batch in (2000, 49, 50, 1)]
+    samples = [filled(KernelDistance(), x, -x, batch=batch).sample for batch in (2000, 49, 50, 7)]
     assert all(torch.equal(sample, samples[0]) for sample in samples)
     kept = samples[0][0, :, 0]
     assert len(set(kept.tolist())) == 50 and torch.equal(samples[0][1, :, 0], -kept)

@@ -1,4 +1,7 @@
-"""Every code block of README.md runs: Python as it stands, commands with data and steps that CI has."""
+"""Every code block of README.md runs: Python as it stands, commands with data and steps that CI has.
+
+So does the Python of docs/metrics.md.
+"""
 
 import os
 import re
@@ -22,7 +25,7 @@ from ctrl_csc_hf.cli import app
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
-PYTHON = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+PYTHON = re.findall(r"```python\n(.*?)```", README + (ROOT / "docs" / "metrics.md").read_text(), re.DOTALL)
 COMMANDS = [line for block in re.findall(r"```bash\n(.*?)```", README, re.DOTALL) for line in block.splitlines()]
 
 

@@ -111,37 +111,30 @@ class KernelDistance(FeaturePairStatistic):
         first = self.dim is None
         self._check(features, reconstructed_features)
         if first:
-            self.sample = torch.empty(2, 0, features.shape[1])
+            self.sample = torch.empty(2, SAMPLE_SIZE, features.shape[1])
         batch = torch.stack([features, reconstructed_features]).detach().cpu().float()
-        room = SAMPLE_SIZE - self.sample.shape[1]
-        self.sample = torch.cat([self.sample, batch[:, :room]], dim=1) if room else self.sample
-        self.count += min(room, len(features))
-        for row in range(room, len(features)):
-            self.count += 1
-            place = self.random.randrange(self.count)
+        for row in range(len(features)):
+            place = self.count if self.count < SAMPLE_SIZE else self.random.randrange(self.count + 1)
             if place < SAMPLE_SIZE:
                 self.sample[:, place] = batch[:, row]
+            self.count += 1
 
     def compute(self) -> dict[str, float]:
         """The estimate, in units of the kernel; ValueError where fewer than two images were added."""
         self._require(2)
-        x, xh = self.sample
-        size = len(x)
-        total = 0.0  # of k(x, x') + k(xh, xh') - k(x, xh') - k(xh, x') over the pairs of two images
-        for first, second, weight in ((x, x, 1), (xh, xh, 1), (x, xh, -2)):
-            own = (first.double() * second.double()).sum(dim=1) / self.dim + 1
-            total += weight * (_kernel_sum(first, second) - own.pow(3).sum().item())
-        return {"kernel_distance": total / (size * (size - 1))}
+        x, xh = self.sample[:, : self.count]
+        total = _kernel_sum(x, x) + _kernel_sum(xh, xh) - 2 * _kernel_sum(x, xh)
+        return {"kernel_distance": total / (len(x) * (len(x) - 1))}
 
 
 def _kernel_sum(first: Tensor, second: Tensor) -> float:
-    """The sum of the cubic kernel over all pairs of rows, in float64 block by block."""
-    dim = first.shape[1]
-    return sum(
-        (rows.double() @ columns.double().T / dim + 1).pow(3).sum().item()
-        for rows in first.split(CHUNK)
-        for columns in second.split(CHUNK)
-    )
+    """The sum of the cubic kernel over all pairs of rows of different index, in float64 block by block."""
+    total = 0.0
+    for i, rows in enumerate(first.split(CHUNK)):
+        for j, columns in enumerate(second.split(CHUNK)):
+            kernel = (rows.double() @ columns.double().T / first.shape[1] + 1).pow(3)
+            total += kernel.sum().item() - (kernel.trace().item() if i == j else 0.0)
+    return total
 
 
 class InceptionScore(Statistic):

@@ -162,7 +162,7 @@ class LatentProbe(Statistic):
     `knn`: the majority among the 10 nearest training latents by cosine; of classes with equally many, the one with the
     nearest latent (Wu et al., "Unsupervised Feature Learning via Non-Parametric Instance Discrimination", CVPR 2018, in
     its plain form).
-    All latents are kept, 4 d bytes an image, and `compute` takes another 8 d bytes a training image.
+    All latents are kept, 4 d bytes an image, and `compute` takes another 12 d bytes a training image.
 
     Args:
         num_classes: K; labels are integers in [0, K).
@@ -233,8 +233,8 @@ def _classify_linearly(training: Tensor, labels: Tensor, test: Tensor, num_class
     deviation, mean = torch.std_mean(training.double(), dim=0, correction=0)
     # A direction without variance tells nothing: its noise must not be blown up.
     deviation = deviation.where(deviation > 1e-6 * deviation.max(), torch.inf)
-    weight, bias = logistic_regression((training.double() - mean).div_(deviation), labels, num_classes)
-    return ((test.double() - mean).div_(deviation) @ weight + bias).argmax(dim=1)
+    weight, bias = logistic_regression(training.double().sub_(mean).div_(deviation), labels, num_classes)
+    return (test.double().sub_(mean).div_(deviation) @ weight + bias).argmax(dim=1)
 
 
 def _classify_by_neighbours(training: Tensor, labels: Tensor, test: Tensor, num_classes: int) -> Tensor:
