@@ -129,7 +129,7 @@ def inspect(
         typer.echo(f"{picture.title}: {path}")
     if report is not None:
         report.parent.mkdir(parents=True, exist_ok=True)
-        report.write_text(html_report(loaded, Path(model).resolve().name, chapters), encoding="utf-8")
+        report.write_text(html_report(loaded, Path(model).absolute().name, chapters), encoding="utf-8")
         typer.echo(f"All of it: {report}")
 
 

@@ -29,7 +29,7 @@ SMALLEST_CLASS = 5  # images, of these
 MAX_CORRELATED = 300  # images in the heat map: each is a row of pixels
 ALL = "all images"
 IMAGES_AT_ONCE = 64
-RESOLUTION = 100  # dots per inch
+RESOLUTION = 96  # dots per inch
 
 STYLE = """
 body { font: 17px/1.5 system-ui, sans-serif; max-width: 52rem; margin: 0 auto; padding: 1rem; color: #222 }
@@ -140,8 +140,8 @@ def image_pictures(model: CtrlCscModel, image: Tensor, name: str) -> list[Pictur
             f"{name}: what each atom adds",
             f"For each stage of the decoder the {SHOWN_ATOMS} atoms that add most to the reconstruction "
             f"({psnr:.1f} dB), with the relus and norms of this image frozen: then everything adds up. Left to right: "
-            "these atoms, enlarged by the factor on the left; all other atoms together; the bias, which needs no "
-            "code; and the sum of all, which is the reconstruction before tanh. Grey is zero.",
+            "these atoms, times the factor on the left; all other atoms together; the bias, which needs no code; and "
+            "the sum of all, which is the reconstruction before tanh. Grey is zero; what exceeds [-1, 1] is clipped.",
             _contributions(summands),
         ),
     ]
@@ -303,8 +303,8 @@ def _walks(model: CtrlCscModel, name: str, latents: Tensor) -> Picture:
     return Picture(
         f"latents_walk_{name}",
         f"Walks through {whose}",
-        f"In the middle the decoded mean direction of {whose} ({len(latents)} of them); to the left and right, along "
-        "the sphere, each of the directions in which the latents spread most around it, with its share of that spread.",
+        f"In the middle the decoded mean direction of {whose} (n = {len(latents):,}); to the left and right, along the "
+        "sphere, each of the directions in which the latents spread most around it, with its share of that spread.",
         image_table(
             rows,
             row_labels=[f"{index}: {share:.1%}" for index, share in enumerate(shares.tolist(), 1)],

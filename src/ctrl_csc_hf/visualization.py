@@ -199,7 +199,7 @@ def code_maps(image: Tensor, codes: Sequence[Tensor], atoms: Sequence[Tensor]) -
         axes[0, 0].imshow(_to_hwc(image[None])[0])
         axes[0, 0].set_title("image", fontsize=SMALL)
         total = maps.sum(dim=0)
-        axes[1, 0].imshow(total.cpu(), cmap="Greys", vmin=0)
+        axes[1, 0].imshow(total.cpu().numpy(), cmap="Greys", vmin=0)
         axes[1, 0].set_xlabel("all atoms", fontsize=SMALL)
         order = use.argsort(descending=True)[:MAPS].tolist()
         largest = max(maps[order].max().item(), 1e-12)
@@ -207,7 +207,7 @@ def code_maps(image: Tensor, codes: Sequence[Tensor], atoms: Sequence[Tensor]) -
             picture = pictures[index]
             axes[0, column].imshow(_to_hwc(picture[None] / picture.abs().max().clamp(min=1e-12))[0])
             axes[0, column].set_title(f"atom {index}", fontsize=SMALL)
-            drawn = axes[1, column].imshow(maps[index].cpu(), cmap="Blues", vmin=0, vmax=largest)
+            drawn = axes[1, column].imshow(maps[index].cpu().numpy(), cmap="Blues", vmin=0, vmax=largest)
             axes[1, column].set_xlabel(f"{use[index]:.1%}", fontsize=SMALL)
         bar = part.colorbar(drawn, ax=axes, aspect=30, pad=0.01)
         bar.set_label("code", fontsize=SMALL)
@@ -240,7 +240,7 @@ def region_maps(reconstruction: Tensor, contributions: Sequence[Tensor], atoms: 
         axes[row, 0].set_ylabel(f"stage {row + 1}", fontsize=SMALL + 1)
         palette = ListedColormap([*REGION_COLORS, "#e6e6e6"])
         axes[row, 1].imshow(
-            number[leading.cpu()], cmap=palette, vmin=0, vmax=len(REGION_COLORS), interpolation="nearest"
+            number[leading.cpu()].numpy(), cmap=palette, vmin=0, vmax=len(REGION_COLORS), interpolation="nearest"
         )
         for column, (index, color) in enumerate(zip(order, REGION_COLORS, strict=False), 2):
             picture = pictures[index]
@@ -332,7 +332,7 @@ def correlation_map(
     name = "ZᵀZ" if reconstructed_latents is None else "ZᵀẐ"
     figure = Figure(figsize=(6, 5.4), layout="constrained")
     axes = figure.subplots()
-    drawn = axes.imshow(values, cmap="viridis", vmin=0, vmax=1)
+    drawn = axes.imshow(values.numpy(), cmap="viridis", vmin=0, vmax=1)
     bar = figure.colorbar(drawn, label=f"|{name}|, the cosine's magnitude")
     bar.ax.tick_params(labelsize=SMALL + 1)
     if labels is None:
