@@ -157,6 +157,15 @@ def test_shares_of_energy_add_up_to_one() -> None:
     assert torch.equal(anatomy.energy_shares(torch.zeros(2, 3, 4, 4)), torch.zeros(3))
 
 
+def test_use_is_the_share_of_the_energy_of_all_images_whatever_the_batches(model: CtrlCscModel) -> None:
+    latents = F.normalize(torch.randn(70, 8, generator=torch.Generator().manual_seed(0)), dim=1)
+    for codes, use in zip(
+        anatomy.decoder_codes(model.decoder, latents), anatomy.atom_use(model.decoder, latents), strict=True
+    ):
+        energy = codes.double().square().sum(dim=(0, 2, 3))
+        torch.testing.assert_close(use.double(), energy / energy.sum(), atol=1e-6, rtol=1e-4)
+
+
 def test_a_region_belongs_to_the_atom_that_contributes_most_around_it() -> None:
     parts = torch.zeros(3, 3, 16, 16)
     parts[2, :, :, :8], parts[1, :, :, 8:], parts[0] = -1.0, 0.5, 0.1

@@ -17,6 +17,7 @@ from .modeling_ctrl_csc import CtrlCscDecoder, CtrlCscEncoder
 from .sparse_coding import ConvolutionalDictionary
 
 ATOMS_AT_ONCE = 64  # that are synthesised in one batch
+IMAGES_AT_ONCE = 64
 
 
 def num_stages(half: CtrlCscEncoder | CtrlCscDecoder) -> int:
@@ -175,8 +176,20 @@ def keep_largest(codes: Tensor, count: int) -> Tensor:
 
 def energy_shares(codes: Tensor) -> Tensor:
     """Each atom's share of the energy |z|^2 of codes (n, atoms, h, w): (atoms,), adding up to 1; 0 without energy."""
-    energy = codes.square().sum(dim=(0, 2, 3))
-    return energy / energy.sum().clamp(min=torch.finfo(energy.dtype).tiny)
+    return _shares(codes.square().sum(dim=(0, 2, 3)))
+
+
+@torch.no_grad()
+def atom_use(decoder: CtrlCscDecoder, latents: Tensor) -> list[Tensor]:
+    """Of every stage, each atom's share (atoms,) of the energy of the codes that the decoder makes of latents (n, d).
+
+    Raises:
+        ValueError: as of `decoder_codes`.
+    """
+    batches = []
+    for batch in latents.split(IMAGES_AT_ONCE):
+        batches.append([codes.square().sum(dim=(0, 2, 3)) for codes in decoder_codes(decoder, batch)])
+    return [_shares(torch.stack(energies).sum(dim=0)) for energies in zip(*batches, strict=True)]
 
 
 def spectrum(latents: Tensor) -> Tensor:
@@ -211,7 +224,7 @@ def principal_directions(latents: Tensor, count: int) -> tuple[Tensor, Tensor, T
         raise ValueError("latents must not cancel out: their mean is zero and has no direction")
     mean = mean / mean.norm()
     _, values, directions = torch.linalg.svd(latents - torch.outer(latents @ mean, mean), full_matrices=False)
-    shares = values.square() / values.square().sum().clamp(min=torch.finfo(values.dtype).tiny)
+    shares = _shares(values.square())
     directions = directions[:count]
     signs = directions.gather(1, directions.abs().argmax(dim=1, keepdim=True)).sign()
     return mean, directions * signs, shares[:count]
@@ -257,6 +270,10 @@ def _decode(
     side = decoder.config.image_size
     signal = _dictionary(decoder, 1).synthesize(codes, (side, side))
     return signal * decoder.output_scale[:, None, None] + biases * decoder.output_bias[:, None, None]
+
+
+def _shares(energy: Tensor) -> Tensor:
+    return energy / energy.sum().clamp(min=torch.finfo(energy.dtype).tiny)
 
 
 def _as_codes(decoder: CtrlCscDecoder, latents: Tensor) -> Tensor:

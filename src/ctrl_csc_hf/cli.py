@@ -74,9 +74,7 @@ def inspect(
     label_column: Annotated[
         str | None, typer.Option("--label_column", help="Column of the labels; by default label, where there is one.")
     ] = None,
-    num_images: Annotated[
-        int, typer.Option("--num_images", help="Of the data set, drawn at random with a fixed seed.", min=2)
-    ] = 500,
+    num_images: Annotated[int, typer.Option("--num_images", help="Of the data set, in a shuffled order.", min=2)] = 500,
     output: Annotated[Path, typer.Option(help="Folder of the pictures, PNG files.")] = Path("inspection"),
     report: Annotated[Path | None, typer.Option(help="An HTML page of all pictures, one file.")] = None,
 ) -> None:
@@ -239,7 +237,7 @@ def _read_dataset(
         if split not in splits:
             refuse("--split", f"one of {splits}", split)
         # Classes may stand one after the other.
-        dataset = datasets.load_dataset(name, split=split, streaming=True).shuffle(seed=0, buffer_size=20 * count)
+        dataset = datasets.load_dataset(name, split=split, streaming=True).shuffle(seed=0, buffer_size=5 * count)
         features: Any = dataset.features or dataset._resolve_features().features
         if not isinstance(features.get(image_column), datasets.Image):
             columns = [column for column, feature in features.items() if isinstance(feature, datasets.Image)]

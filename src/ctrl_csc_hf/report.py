@@ -28,7 +28,6 @@ MAX_CLASSES = 10  # with a curve and walks of their own, the largest
 SMALLEST_CLASS = 5  # images, of these
 MAX_CORRELATED = 300  # images in the heat map: each is a row of pixels
 ALL = "all images"
-IMAGES_AT_ONCE = 64
 RESOLUTION = 100  # dots per inch
 
 STYLE = """
@@ -71,10 +70,7 @@ def dictionary_pictures(model: CtrlCscModel, images: Tensor | None) -> list[Pict
     uses: Sequence[Tensor | None] = [None] * anatomy.num_stages(model.decoder)
     order = "sorted by their norm in pixels"
     if images is not None:
-        codes = [
-            anatomy.decoder_codes(model.decoder, latents) for latents in _encode(model, images).split(IMAGES_AT_ONCE)
-        ]
-        uses = [anatomy.energy_shares(torch.cat(stage)) for stage in zip(*codes, strict=True)]
+        uses = anatomy.atom_use(model.decoder, _encode(model, images))
         order = f"sorted by their share of the decoder's code energy on {_count(len(images), 'image')}"
     pictures = []
     for stage, use in enumerate(uses, 1):
@@ -159,11 +155,13 @@ def latent_pictures(
         class_names: of label 0, 1, ...; by default the numbers.
 
     Raises:
-        ValueError: for fewer than 2 images or 2 latent dimensions.
+        ValueError: for fewer than 2 images or 2 latent dimensions, and for latents whose mean is zero.
     """
     latents = _encode(model, images)
     if min(latents.shape) < 2:
-        raise ValueError(f"images must be at least 2, of at least 2 latent dimensions, got latents {latents.shape}")
+        raise ValueError(
+            f"images must be at least 2, of at least 2 latent dimensions, got latents {tuple(latents.shape)}"
+        )
     sets = {ALL: latents}
     if labels is not None:
         classes, counts = labels.unique(return_counts=True)
@@ -220,9 +218,7 @@ def html_report(model: CtrlCscModel, name: str, chapters: dict[str, list[Picture
         "Images": f"{sizes[0]} x {sizes[0]} pixels, coded by {config.latent_dim} numbers",
         "Stages": stages,
         "Sparse coding": f"λ = {config.sparsity:g}, {_count(config.num_iterations, 'step')} of FISTA",
-        "Dictionaries": "shared by encoder and decoder"
-        if config.share_dictionaries
-        else "of encoder and decoder apart",
+        "Dictionaries": "shared by both halves" if config.share_dictionaries else "of encoder and decoder apart",
         "Decoder's norms": "inverse of the encoder's" if config.decoder_normalization == "inverse" else "its own",
         "Parameters": f"{model.num_parameters():,}",
     }
@@ -251,7 +247,7 @@ def _html(picture: Picture) -> str:
 
 
 def _encode(model: CtrlCscModel, images: Tensor) -> Tensor:
-    return torch.cat([model.encode(batch).latents for batch in images.split(IMAGES_AT_ONCE)])
+    return torch.cat([model.encode(batch).latents for batch in images.split(anatomy.IMAGES_AT_ONCE)])
 
 
 def _rebuilt(model: CtrlCscModel, image: Tensor, all_codes: Sequence[Tensor], name: str) -> Picture:

@@ -139,22 +139,20 @@ def atom_atlas(atoms: Tensor, use: Tensor | None = None, *, title: str) -> "Figu
 
     Args:
         atoms: (atoms, 3, a, a), of `anatomy.atoms_in_pixels`.
-        use: (atoms,), shares of the code energy, of `anatomy.energy_shares`; without it atoms are sorted by norm.
+        use: (atoms,), shares of the code energy, of `anatomy.atom_use`; without it atoms are sorted by norm.
         title: of the figure.
     """
     from matplotlib.figure import Figure
     from matplotlib.ticker import PercentFormatter
 
-    norms = atoms.flatten(1).norm(dim=1)
-    measure = norms if use is None else use
+    measure = atoms.flatten(1).norm(dim=1) if use is None else use
     order = measure.argsort(descending=True)
     shown = atoms[order[:ATLAS]]
-    shown = shown / shown.abs().amax(dim=(1, 2, 3), keepdim=True).clamp(min=1e-12)
     columns = min(16, len(shown))
     side = atoms.shape[-1] + 1
     rows = math.ceil(len(shown) / columns)
     sheet = np.ones((rows * side - 1, columns * side - 1, 3))
-    for index, picture in enumerate(_to_hwc(shown)):
+    for index, picture in enumerate(_scaled(shown)):
         top, left = index // columns * side, index % columns * side
         sheet[top : top + side - 1, left : left + side - 1] = picture
     height = WIDTH * rows / columns
@@ -204,8 +202,7 @@ def code_maps(image: Tensor, codes: Sequence[Tensor], atoms: Sequence[Tensor]) -
         order = use.argsort(descending=True)[:MAPS].tolist()
         largest = max(maps[order].max().item(), 1e-12)
         for column, index in enumerate(order, 1):
-            picture = pictures[index]
-            axes[0, column].imshow(_to_hwc(picture[None] / picture.abs().max().clamp(min=1e-12))[0])
+            axes[0, column].imshow(_scaled(pictures[index : index + 1])[0])
             axes[0, column].set_title(f"atom {index}", fontsize=SMALL)
             drawn = axes[1, column].imshow(maps[index].cpu().numpy(), cmap="Blues", vmin=0, vmax=largest)
             axes[1, column].set_xlabel(f"{use[index]:.1%}", fontsize=SMALL)
@@ -233,7 +230,7 @@ def region_maps(reconstruction: Tensor, contributions: Sequence[Tensor], atoms: 
             _bare(each)
         leading = leading_atoms(parts)
         pixels = torch.bincount(leading.flatten(), minlength=len(parts))
-        order = pixels.argsort(descending=True)[: len(REGION_COLORS)].tolist()
+        order = pixels.argsort(descending=True)[: min(len(REGION_COLORS), int((pixels > 0).sum()))].tolist()
         number = torch.full((len(parts),), len(REGION_COLORS))
         number[order] = torch.arange(len(order))
         axes[row, 0].imshow(_to_hwc(reconstruction[None])[0])
@@ -243,8 +240,7 @@ def region_maps(reconstruction: Tensor, contributions: Sequence[Tensor], atoms: 
             number[leading.cpu()].numpy(), cmap=palette, vmin=0, vmax=len(REGION_COLORS), interpolation="nearest"
         )
         for column, (index, color) in enumerate(zip(order, REGION_COLORS, strict=False), 2):
-            picture = pictures[index]
-            axes[row, column].imshow(_to_hwc(picture[None] / picture.abs().max().clamp(min=1e-12))[0])
+            axes[row, column].imshow(_scaled(pictures[index : index + 1])[0])
             axes[row, column].set_xlabel(f"{index}: {pixels[index] / leading.numel():.0%}", fontsize=SMALL)
             for spine in axes[row, column].spines.values():
                 spine.set(visible=True, color=color, linewidth=3)
@@ -353,6 +349,11 @@ def correlation_map(
 def _to_hwc(images: Tensor) -> np.ndarray:
     """(n, 3, H, W) in [-1, 1] as (n, H, W, 3) in [0, 1]."""
     return (images.detach().float().clamp(-1, 1) / 2 + 0.5).permute(0, 2, 3, 1).cpu().numpy()
+
+
+def _scaled(atoms: Tensor) -> np.ndarray:
+    """Atoms (n, 3, a, a), each divided by its largest magnitude, as images."""
+    return _to_hwc(atoms / atoms.abs().amax(dim=(1, 2, 3), keepdim=True).clamp(min=1e-12))
 
 
 def _bare(axes: "Axes") -> None:
