@@ -48,7 +48,7 @@ def checkpoint(tmp_path: Path) -> Path:
 
     folder = tmp_path / "checkpoint"
     (folder / "examples").mkdir(parents=True)
-    settings, _ = parse_settings(["--config", "cifar10_energy"])
+    settings, _ = parse_settings(["--config", "cifar10"])
     (folder / "training_args.json").write_text(json.dumps(asdict(settings)))
     (folder / "metrics.json").write_text(json.dumps(METRICS))
     for name in ("reconstructions.png", "examples/0.png", "examples/1.png"):
@@ -111,7 +111,7 @@ def test_what_evaluate_adds_to_the_figures_is_in_the_card(checkpoint: Path, tmp_
 
 def test_the_text_tells_settings_results_and_limits(repository: Path) -> None:
     card = (repository / "README.md").read_text()
-    training = load_preset("cifar10_energy")["training"]
+    training = load_preset("cifar10")["training"]
     for expected in (
         "| PSNR, mean over images, dB | 17.12 |",
         "| nearest-latent match | 98.7% |",
