@@ -25,6 +25,7 @@ class _StrictCtrlCscConfig(PreTrainedConfig):
     ridge: float | int = 0.0
     num_iterations: int = 2
     gradient: str = "unrolled"
+    denoising_sparsity: list[list[float | int]] | None = None
     share_dictionaries: bool = False
     decoder_normalization: str = "batch_norm"
     decoder_affine: bool = True
@@ -47,6 +48,9 @@ class CtrlCscConfig(_StrictCtrlCscConfig):
         num_iterations (`int`): FISTA steps of every sparse-coding stage.
         gradient (`str`): of the codes. "unrolled", through the steps of FISTA, or "implicit", of the minimiser that
             they approach: memory that does not grow with their number. It needs a ridge and enough iterations.
+        denoising_sparsity (`list[list[float]]`, *optional*): pairs [noise_std, lambda], noise levels rising: the lambda
+            that `CtrlCscPipeline.denoise` codes with at each level; its `calibrate_denoising` finds them. They change
+            nothing else.
         share_dictionaries (`bool`): whether encoder and decoder use the same dictionaries.
         decoder_normalization (`str`): "batch_norm", batch norms of the decoder's own, or "inverse", the exact
             inverse of the encoder's.
@@ -98,6 +102,16 @@ class CtrlCscConfig(_StrictCtrlCscConfig):
             _require(0 <= value < float("inf"), field, value, "a finite number of at least 0")
         _require(self.gradient in GRADIENTS, "gradient", self.gradient, f"one of {GRADIENTS}")
         _require(self.gradient == "unrolled" or self.ridge > 0, "ridge", self.ridge, "above 0 for gradient='implicit'")
+        if self.denoising_sparsity is not None:
+            pairs = self.denoising_sparsity
+            finite = [len(pair) == 2 and 0 < pair[0] < float("inf") and 0 <= pair[1] < float("inf") for pair in pairs]
+            levels = [pair[0] for pair in pairs if len(pair) > 0]
+            _require(
+                len(pairs) > 0 and all(finite) and levels == sorted(set(levels)),
+                "denoising_sparsity",
+                pairs,
+                "None or a list of pairs [noise_std > 0, lambda >= 0] of finite numbers, noise_std rising",
+            )
         for field in ("stage_channels", "kernel_sizes", "strides"):
             value = getattr(self, field)
             _require(len(value) > 0 and min(value) >= 1, field, value, "a list of positive integers")

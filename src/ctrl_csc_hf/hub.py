@@ -29,7 +29,7 @@ CODE = {  # where it lies in the repository; diffusers fetches a component's fol
         "remote/load_model.py",
     ),
     "image_processor": ("image_processing_ctrl_csc.py", "remote/load_image_processor.py"),
-    ".": ("pipeline_ctrl_csc.py",),
+    ".": ("pipeline_ctrl_csc.py", "restoration.py"),
 }
 RECORDS = ("metrics.json", "training_curve.png")
 SETTINGS = "training_args.json"

@@ -1,8 +1,10 @@
-"""A diffusers pipeline around a CTRL-CSC model: image -> latents -> reconstruction, and interpolation between images.
+"""A diffusers pipeline around a CTRL-CSC model: image -> latents -> reconstruction, and what the loop is good for.
 
-This file also runs from a Hub repository, without the rest of the package; its components come to it as objects.
+This file and those it imports also run from a Hub repository, without the rest of the package; the components come as
+objects.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +16,8 @@ from PIL import Image
 from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.image_processing_utils import BaseImageProcessor
+
+from .restoration import NOISE_LEVELS, calibrate_denoising, denoise, denoising_sparsity, inpaint, missing_pixels
 
 OUTPUT_TYPES = ("pil", "np", "pt")
 LARGEST_SINE_OF_PARALLELS = 1e-4  # of unit vectors whose great circle is lost in rounding
@@ -36,7 +40,7 @@ class CtrlCscPipelineOutput(BaseOutput):
 
 
 class CtrlCscPipeline(DiffusionPipeline):
-    """Reconstructs images, encodes them, decodes latents, and interpolates between two images.
+    """Reconstructs, denoises and completes images, encodes them, decodes latents, and interpolates between two images.
 
     Args:
         model: a `CtrlCscModel`.
@@ -83,9 +87,7 @@ class CtrlCscPipeline(DiffusionPipeline):
             TypeError: for what is no image.
         """
         # 1. Check the arguments
-        _check_output_type(output_type)
-        if batch_size < 1:
-            raise ValueError(f"batch_size must be at least 1, got {batch_size!r}")
+        self._check(batch_size, output_type)
 
         # 2. Images to pixels in [-1, 1]
         pixel_values = self._preprocess(image)
@@ -105,6 +107,79 @@ class CtrlCscPipeline(DiffusionPipeline):
             codes=tuple(torch.cat(stage) for stage in zip(*codes, strict=True)) if return_codes else None,
         )
         return output if return_dict else output.to_tuple()
+
+    @torch.no_grad()
+    def denoise(self, image: Any, noise_std: float, batch_size: int = 64, output_type: str = "pil") -> Images:
+        """Images without their noise: the reconstruction xh(y), and a sparse code of what it leaves, xh(y) + A(z).
+
+        z = argmin_{z >= 0} lambda |z|_1 + 1/2 |y - xh(y) - A(z)|^2, with the first stage's dictionary. lambda belongs
+        to the noise: `model.config.denoising_sparsity`, which `calibrate_denoising` sets, or 3 noise_std^2 where it
+        is unset. A lambda above all that the residual holds gives the reconstruction, a lambda of 0 the noisy image.
+
+        Args:
+            image, batch_size, output_type: see `__call__`.
+            noise_std: standard deviation of the noise, in units of pixels in [-1, 1]: twice that of pixels in [0, 1].
+
+        Raises:
+            ValueError: for a `noise_std` that is not positive and finite; else as `__call__`.
+        """
+        self._check(batch_size, output_type)
+        sparsity = denoising_sparsity(self.model.config, noise_std)
+        batches = self.progress_bar(self._preprocess(image).split(batch_size))
+        denoised = torch.cat([denoise(self.model, batch, sparsity) for batch in batches])
+        return self.image_processor.postprocess(denoised, output_type=output_type)
+
+    @torch.no_grad()
+    def calibrate_denoising(self, image: Any, noise_std: Sequence[float] = NOISE_LEVELS) -> list[list[float]]:
+        """Finds the lambda of `denoise` for every noise level, and stores it in the model's configuration.
+
+        A grid of lambdas is tried on the images with noise added; that of the highest mean PSNR is taken. `denoise`
+        interpolates between the levels. `save_pretrained` saves them with the model.
+
+        Args:
+            image: some 100 images without noise that the model was not trained on; what `__call__` takes.
+            noise_std: noise levels, rising, in units of pixels in [-1, 1].
+
+        Returns:
+            Pairs [noise_std, lambda].
+
+        Raises:
+            ValueError: for levels that are not positive, finite and rising; else as `__call__`.
+        """
+        clean = self._preprocess(image)
+        self.model.config.denoising_sparsity = calibrate_denoising(self.model, clean, noise_std)
+        return self.model.config.denoising_sparsity
+
+    @torch.no_grad()
+    def inpaint(
+        self, image: Any, mask: Any, keep_known: bool = False, batch_size: int = 64, output_type: str = "pil"
+    ) -> Images:
+        """Images completed from their known pixels, by sparse coding restricted to these and then the loop, twice.
+
+        The result is the model's reconstruction of the completed image, everywhere: with an empty mask that of
+        `__call__`, exactly. `keep_known` puts the known pixels themselves back in place.
+
+        Args:
+            image, batch_size, output_type: see `__call__`.
+            mask: of what is missing, in the pixels that the model sees, (image_size, image_size): a black and white
+                PIL image, white where missing; an array or tensor (height, width), (n, height, width) or
+                (n, 1, height, width), bool or of 0 and 1, 1 where missing; or a list of these. One for all images,
+                or one each. What an image holds there does not matter, if the processor need not resize it.
+            keep_known: whether known pixels stay as they are.
+
+        Raises:
+            ValueError: for a mask of another size, number or content, or that leaves no pixel known; else as
+                `__call__`.
+            TypeError: for what is no mask or no image.
+        """
+        self._check(batch_size, output_type)
+        pixel_values = self._preprocess(image)
+        missing = missing_pixels(mask, pixel_values).to(self.device)
+        batches = list(zip(pixel_values.split(batch_size), missing.split(batch_size), strict=True))
+        completed = torch.cat([inpaint(self.model, *batch) for batch in self.progress_bar(batches)])
+        if keep_known:
+            completed = completed.where(missing, pixel_values)
+        return self.image_processor.postprocess(completed, output_type=output_type)
 
     @torch.no_grad()
     def encode(self, image: Any) -> Tensor:
@@ -144,6 +219,12 @@ class CtrlCscPipeline(DiffusionPipeline):
         The package ctrl_csc_hf must be installed. `ctrl-csc publish` uploads.
         """
         self.model.export(save_directory, image_processor=self.image_processor)
+
+    @staticmethod
+    def _check(batch_size: int, output_type: str) -> None:
+        _check_output_type(output_type)
+        if batch_size < 1:
+            raise ValueError(f"batch_size must be at least 1, got {batch_size!r}")
 
     def _preprocess(self, image: Any) -> Tensor:
         pixel_values = self.image_processor(image, return_tensors="pt").pixel_values

@@ -188,11 +188,7 @@ class ConvolutionalSparseCoding(ConvolutionalDictionary):
         nonnegative: bool = True,
         gradient: str = "unrolled",
     ) -> None:
-        for name, value in (("sparsity", sparsity), ("ridge", ridge)):
-            if not 0 <= value < float("inf"):
-                raise ValueError(f"{name} must be a finite number of at least 0, got {value!r}")
-        if num_iterations < 1:
-            raise ValueError(f"num_iterations must be at least 1, got {num_iterations!r}")
+        _check_problem(sparsity, ridge, num_iterations)
         if gradient not in GRADIENTS:
             raise ValueError(f"gradient must be one of {GRADIENTS}, got {gradient!r}")
         if gradient == "implicit" and ridge == 0:
@@ -225,31 +221,67 @@ class ConvolutionalSparseCoding(ConvolutionalDictionary):
             RuntimeError: for gradient="implicit", if the codes may be further from the minimiser than it allows; from
                 the backward pass, if conjugate gradients do not reach their residual.
         """
+        if self.gradient == "implicit" and torch.is_grad_enabled():
+            return self._encode_implicitly(signal)
+        return self.solve(signal)
+
+    def solve(
+        self,
+        signal: Tensor,
+        *,
+        known: Tensor | None = None,
+        sparsity: float | None = None,
+        num_iterations: int | None = None,
+    ) -> Tensor:
+        """z(x) as `encode`, for another lambda or number of steps, or from a part of the signal.
+
+        Args:
+            signal: (n, C_signal, H, W).
+            known: bool, (n or 1, C_signal or 1, H, W): the mask M. The data term is then
+                1/2 |M (x - A(z))|^2; what the signal holds elsewhere does not matter. M is its own adjoint, and
+                |M A| <= |A|, so the gradient is A*(M (A(z) - x)) and the step size stays valid.
+            sparsity, num_iterations: instead of the stage's.
+
+        Returns:
+            Codes (n, C_code, h, w), h = (H + 2 padding - k) // stride + 1. Gradients go through the steps of FISTA.
+
+        Raises:
+            ValueError: for a value out of range, and for a mask of another dtype or shape.
+        """
+        sparsity = self.sparsity if sparsity is None else sparsity
+        num_iterations = self.num_iterations if num_iterations is None else num_iterations
+        _check_problem(sparsity, self.ridge, num_iterations)
+        if known is not None:
+            allowed = [(1, signal.shape[0]), (1, signal.shape[1]), *([side] for side in signal.shape[2:])]
+            fits = known.ndim == 4 and all(side in sides for side, sides in zip(known.shape, allowed, strict=True))
+            if known.dtype != torch.bool or not fits:
+                raise ValueError(
+                    f"known must be bool and of the signal's shape {tuple(signal.shape)}, or 1 in place of the first "
+                    f"two, got {known.dtype} of shape {tuple(known.shape)}"
+                )
+            signal = signal.where(known, 0)
         size = (signal.shape[-2], signal.shape[-1])
         if size != self.signal_size:
             self.update_operator_norm(size)
-        if self.gradient == "implicit" and torch.is_grad_enabled():
-            return self._encode_implicitly(signal)
-        return self._iterate(signal)
-
-    def _iterate(self, signal: Tensor) -> Tensor:
         step = STEP_FACTOR / self.operator_norm.square()  # a tensor: reading its value would make a GPU wait
         # The proximal map is that of `proximal`, but passes over the codes cost time: step size and shrinkage are part
         # of the atoms here, the threshold of non-negative codes is a bias, and sums happen in place.
         shrinkage = 1 / (1 + step * self.ridge)
-        threshold = shrinkage * step * self.sparsity
+        threshold = shrinkage * step * sparsity
         bias = -threshold.expand(self.code_channels) if self.nonnegative else None
         dictionary = self.dictionary.contiguous(memory_format=torch.channels_last)
         ascent, descent = shrinkage * step * dictionary, -dictionary
 
         codes = self._shrink_(self._correlate(signal, ascent, bias), threshold)
         momentum, previous = 1.0, codes  # t_1 = 1, so the second step has no momentum
-        for _ in range(self.num_iterations - 1):
+        for _ in range(num_iterations - 1):
             next_momentum = (1 + (1 + 4 * momentum**2) ** 0.5) / 2
             extrapolated = codes
             if momentum > 1:
                 extrapolated = torch.lerp(previous, codes, 1 + (momentum - 1) / next_momentum)
             residual = self._superpose(extrapolated, descent, self._surplus(signal)).add_(signal)
+            if known is not None:
+                residual = residual * known
             kept = shrinkage * extrapolated if self.ridge else extrapolated
             previous = codes
             codes = self._shrink_(self._correlate(residual, ascent, bias).add_(kept), threshold)
@@ -265,7 +297,7 @@ class ConvolutionalSparseCoding(ConvolutionalDictionary):
         with torch.autocast(signal.device.type, enabled=False):
             signal = signal.to(self.dictionary.dtype)
             with torch.no_grad():
-                codes = self._iterate(signal)
+                codes = self.solve(signal)
             correlation = self.adjoint(signal - self._superpose(codes, self.dictionary, self._surplus(signal)))
             with torch.no_grad():
                 step = STEP_FACTOR / self.operator_norm.square()
@@ -328,6 +360,14 @@ class ConvolutionalSparseCoding(ConvolutionalDictionary):
         """A start for the power iteration: holds every frequency, and leaves the random generator alone."""
         index = torch.arange(self.signal_channels * size[0] * size[1], device=self.dictionary.device)
         return torch.cos(0.7 * (index % 1021).square()).view(1, self.signal_channels, *size)
+
+
+def _check_problem(sparsity: float, ridge: float, num_iterations: int) -> None:
+    for name, value in (("sparsity", sparsity), ("ridge", ridge)):
+        if not 0 <= value < float("inf"):
+            raise ValueError(f"{name} must be a finite number of at least 0, got {value!r}")
+    if num_iterations < 1:
+        raise ValueError(f"num_iterations must be at least 1, got {num_iterations!r}")
 
 
 class _ImplicitGradient(torch.autograd.Function):
