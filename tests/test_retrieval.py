@@ -51,7 +51,7 @@ def test_the_rows_found_are_those_of_the_largest_cosines(
 
 
 def test_what_cannot_be_indexed_or_sought_is_said(pipe: CtrlCscPipeline, dataset: datasets.Dataset) -> None:
-    with pytest.raises(ValueError, match="dataset must be a datasets.Dataset, .* got IterableDataset"):
+    with pytest.raises(ValueError, match=r"dataset must be a datasets\.Dataset, .* got IterableDataset"):
         index_images(dataset.to_iterable_dataset(), pipe)
     with pytest.raises(ValueError, match="dataset must have rows, got none"):
         index_images(dataset.select([]), pipe)

@@ -146,14 +146,14 @@ def test_it_merges_as_the_paper_does_from_single_latents() -> None:
 def test_it_finds_as_many_subspaces_as_there_are(num_subspaces: int) -> None:
     generator = torch.Generator().manual_seed(0)
     truth = torch.arange(800) % num_subspaces
-    bases = torch.randn(num_subspaces, 2, 16, generator=generator)
-    latents = (torch.randn(800, 1, 2, generator=generator) @ bases[truth])[:, 0]
-    latents = normalize(latents + 0.02 * torch.randn(800, 16, generator=generator), dim=1)
-    found = segment(latents, distortion=0.05)
+    bases = torch.linalg.qr(torch.randn(num_subspaces, 32, 6, generator=generator))[0].mT
+    latents = (torch.randn(800, 1, 6, generator=generator) @ bases[truth])[:, 0]
+    latents = normalize(latents + 0.02 * torch.randn(800, 32, generator=generator), dim=1)
+    found = segment(latents)
     assert int(found.max()) + 1 == num_subspaces
     purity = sum(truth[found == group].bincount().max() for group in range(num_subspaces)) / 800
-    assert purity > 0.97
-    assert torch.equal(found, segment(latents, distortion=0.05))
+    assert purity > 0.99
+    assert torch.equal(found, segment(latents))
 
 
 @pytest.mark.parametrize(
