@@ -9,7 +9,7 @@ into `cache_dir`, from where another run takes them.
 
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -29,13 +29,14 @@ from ctrl_csc_hf.fitting import fit_sampler
 from ctrl_csc_hf.metrics import FeatureMoments, frechet_distance
 from ctrl_csc_hf.neighbours import nearest_images, neighbours_figure
 from ctrl_csc_hf.sampling import LatentSampler
-from ctrl_csc_hf.segmentation import segment
+from ctrl_csc_hf.segmentation import k_means, segment
 from ctrl_csc_hf.subspace import ClassMoments, NearestSubspace
 
 BATCH_SIZE = 250
 SHOWN = 10  # images a row
 SUBSPACE_RANKS = (1, 5, 10, 20, 30, 50, 100, 200, 300)
 SAMPLER_RANKS = (10, 30, 50, 200, 400)
+K_MEANS_GROUPS = (10, 30, 128)
 
 
 @dataclass
@@ -86,14 +87,10 @@ def main(settings: Settings) -> None:
     (output / "sampling.json").write_text(json.dumps(results, indent=2, ensure_ascii=False) + "\n")
     print(json.dumps(results, indent=2, ensure_ascii=False))
 
-    pipe = CtrlCscPipeline(model, processor, samplers["classes"])
-    draw_classes(pipe, names, output / "sampling_classes.png")
-    pipe.sampler = samplers["groups"]
-    rows = pipe.sample(4 * SHOWN, generator=torch.Generator().manual_seed(0), output_type="pt").unflatten(0, (4, SHOWN))
-    save(grid(rows), output / "sampling_groups.png")
-    pairs = [[to_image(test["pixels"][index]) for index in (4 * row, 4 * row + 1)] for row in range(4)]
-    rows = torch.stack([pipe.interpolate(*pair, num_steps=SHOWN, output_type="pt") for pair in pairs])
-    save(grid(rows), output / "sampling_interpolation.png")
+    pipe = CtrlCscPipeline(model, processor)
+    draw_components(pipe, samplers["classes"], names, output / "sampling_classes.png")
+    draw_components(pipe, samplers["groups"], None, output / "sampling_groups.png")
+    draw_interpolation(pipe, test, output / "sampling_interpolation.png")
     draw_neighbours(model, samplers["classes"], train, output / "sampling_neighbours.png")
     draw_retrieval(train, test, names, output / "sampling_retrieval.png")
 
@@ -173,6 +170,11 @@ def frechet_distances(
         ]
         fixed = LatentSampler(samplers["classes"].weights, of_class.means, factors)
         others[f"samples of classes, rank {rank}"] = fixed.sample(count, generator=seed())
+    for num_groups in K_MEANS_GROUPS:
+        of_group = ClassMoments()
+        of_group.update(train["latents"], k_means(train["latents"], num_groups, seed=0))
+        sampler = LatentSampler.of_gaussians(of_group.counts, of_group.means, of_group.covariances())
+        others[f"samples of {num_groups} groups by k-means"] = sampler.sample(count, generator=seed())
     noise = torch.randn(count, model.config.latent_dim, generator=seed())
     others["points spread evenly over the sphere"] = F.normalize(noise, dim=1)
     distances = {"training images": frechet_distance(reference, moments(to_pixel_values(train["pixels"][:count])))}
@@ -203,7 +205,7 @@ def copies(
     return found
 
 
-def with_pixels(split: dict[str, Tensor]) -> list[EncodedBatch]:
+def with_pixels(split: dict[str, Tensor]) -> Iterator[EncodedBatch]:
     parts = zip(split["pixels"].split(BATCH_SIZE), split["latents"].split(BATCH_SIZE), strict=True)
     return (EncodedBatch(to_pixel_values(pixels), latents) for pixels, latents in parts)
 
@@ -257,10 +259,21 @@ def save(figure: Figure, path: Path) -> None:
     Image.open(path).convert("P", palette=Image.Palette.ADAPTIVE, colors=256).save(path, optimize=True)
 
 
-def draw_classes(pipe: CtrlCscPipeline, names: list[str] | None, path: Path) -> None:
-    labels = pipe.sampler.labels.tolist()
-    rows = [pipe.sample(SHOWN, label=label, generator=seed(), output_type="pt") for label in labels]
-    save(grid(torch.stack(rows), [names[label] if names else f"label {label}" for label in labels]), path)
+def draw_components(pipe: CtrlCscPipeline, sampler: LatentSampler, names: list[str] | None, path: Path) -> None:
+    """A row of samples of each component, or of the first ten."""
+    pipe.sampler = sampler
+    components = range(min(len(sampler.ranks), 10))
+    rows = [pipe.sample(SHOWN, component=index, generator=seed(), output_type="pt") for index in components]
+    save(grid(torch.stack(rows), [names[index] if names else f"component {index}" for index in components]), path)
+
+
+def draw_interpolation(pipe: CtrlCscPipeline, test: dict[str, Tensor], path: Path) -> None:
+    """Between the first test images, two by two, the photographs at both ends."""
+    rows = []
+    for first, second in test["pixels"][:8].unflatten(0, (4, 2)):
+        frames = pipe.interpolate(to_image(first), to_image(second), num_steps=SHOWN - 2, output_type="pt")
+        rows.append(torch.cat([first[None] / 255, frames, second[None] / 255]))
+    save(grid(torch.stack(rows), None, ["photograph", "g(f(x))", *[""] * (SHOWN - 4), "g(f(x))", "photograph"]), path)
 
 
 def draw_neighbours(model: CtrlCscModel, sampler: LatentSampler, train: dict[str, Tensor], path: Path) -> None:

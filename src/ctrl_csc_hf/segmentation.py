@@ -51,7 +51,7 @@ def segment(latents: Tensor, *, distortion: float = 0.5, num_groups: int = 128, 
     if num_groups < 1:
         raise ValueError(f"num_groups must be at least 1, got {num_groups!r}")
     latents = latents.float()
-    start = torch.arange(len(latents)) if num_groups >= len(latents) else _k_means(latents, num_groups, seed)
+    start = torch.arange(len(latents)) if num_groups >= len(latents) else k_means(latents, num_groups, seed)
     groups = _Groups(latents, start, distortion)
     while groups.merge_best():
         pass
@@ -109,7 +109,7 @@ class _Groups:
         return lengths + counts * (self.total / counts).log()
 
 
-def _k_means(latents: Tensor, num_groups: int, seed: int) -> Tensor:
+def k_means(latents: Tensor, num_groups: int, seed: int) -> Tensor:
     """Lloyd's algorithm from randomly chosen latents: (n, d) -> (n,), groups from 0 on, none of them empty."""
     generator = torch.Generator().manual_seed(seed)
     centres = latents[torch.randperm(len(latents), generator=generator)[:num_groups]]
@@ -120,4 +120,4 @@ def _k_means(latents: Tensor, num_groups: int, seed: int) -> Tensor:
     return nearest
 
 
-__all__ = ["coding_length", "segment"]
+__all__ = ["coding_length", "k_means", "segment"]
