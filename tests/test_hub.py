@@ -20,6 +20,7 @@ from test_halves import trained_model
 
 from ctrl_csc_hf import CtrlCscDecoder, CtrlCscEncoder, CtrlCscImageProcessor, CtrlCscModel
 from ctrl_csc_hf.hub import export
+from ctrl_csc_hf.sampling import LatentSampler
 
 needs_downloaded_code = pytest.mark.skipif(
     Version(transformers.__version__) < Version("5.13"),
@@ -316,11 +317,14 @@ def test_publishing_again_uploads_nothing_and_a_change_keeps_the_old_revision(tm
 def test_a_publication_replaces_what_the_one_before_had_and_leaves_what_others_added(tmp_path: Path) -> None:
     model = trained_model(False, "batch_norm")
     with HubServer() as server:
-        publish(server, a_checkpoint(tmp_path / "first", model, examples=4))
+        first = a_checkpoint(tmp_path / "first", model, examples=4)
+        LatentSampler(torch.ones(1), torch.zeros(1, 6), [torch.eye(6)]).save_pretrained(first / "sampler")
+        publish(server, first)
+        assert {"sampler/model.safetensors", "sampler/sampling.py"} <= set(server.files("org/name"))
         repository = server.repositories["org/name"]
         added = {name: Blob(b"by hand", False) for name in ("notes.md", "figures/plot.png", "model/old.py")}
         repository.commit(repository.commits[repository.sha("main")] | added)
-        model.save_pretrained(tmp_path / "second")  # without figures, settings and pictures
+        model.save_pretrained(tmp_path / "second")  # without figures, settings, pictures and sampler
         publish(server, tmp_path / "second")
         found = set(server.files("org/name"))
     export(model, tmp_path / "expected", repo_id="org/name")

@@ -154,6 +154,42 @@ def publish(
 
 
 @app.command()
+def fit_sampler(
+    checkpoint: Annotated[Path, typer.Argument(help="A folder that train.py wrote.", exists=True, file_okay=False)],
+    dataset_name: Annotated[str, typer.Option("--dataset_name", help="The training images: a Hub id or a folder.")],
+    split: Annotated[str, typer.Option(help="Of the data set.")] = "train",
+    image_column: Annotated[str, typer.Option("--image_column", help="Column of the images.")] = "image",
+    label_column: Annotated[
+        str | None,
+        typer.Option("--label_column", help="Of integers, a component each; without, groups are sought."),
+    ] = None,
+    num_images: Annotated[int | None, typer.Option("--num_images", help="Fit on the first ones alone.", min=2)] = None,
+) -> None:
+    """Fits what CtrlCscPipeline.sample draws from on a data set's latents, and writes it into CHECKPOINT/sampler."""
+    loaded, processor = _load_model(str(checkpoint), "CHECKPOINT"), _load_image_processor(str(checkpoint))
+    try:
+        import datasets
+
+        from .encoding import encode_dataset
+        from .fitting import fit_sampler as fit
+    except ModuleNotFoundError as error:
+        _stop(f"fit-sampler needs {error.name}: pip install ctrl-csc-hf[train]")
+    try:
+        dataset = datasets.load_dataset(dataset_name, split=split, streaming=True)
+        if num_images is not None:
+            dataset = dataset.take(num_images)
+        batches = encode_dataset(dataset, loaded, processor, image_column=image_column, label_column=label_column)
+        sampler = fit(batches)
+    except (OSError, ValueError) as error:
+        _stop(str(error))
+    sampler.save_pretrained(checkpoint / hub.SAMPLER)
+    kind = "groups" if sampler.labels is None else "classes"
+    ranks = f"{min(sampler.ranks)} to {max(sampler.ranks)} of {sampler.means.shape[1]} directions"
+    typer.echo(f"Components: {len(sampler.ranks)} {kind}, of {ranks}")
+    typer.echo(f"Sampler: {checkpoint / hub.SAMPLER}")
+
+
+@app.command()
 def demo(
     model: Annotated[str, typer.Option(help="A folder that train.py wrote, or a Hub repository.")],
     port: Annotated[int, typer.Option(help="Of the page, on this machine.")] = 7860,

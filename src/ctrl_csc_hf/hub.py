@@ -17,6 +17,7 @@ from transformers.image_processing_utils import BaseImageProcessor
 from .image_processing_ctrl_csc import CtrlCscImageProcessor
 from .model_card import FIGURE, MODEL_CARDS, model_card, public_settings
 from .modeling_ctrl_csc import CtrlCscModel
+from .sampling import LatentSampler
 from .visualization import architecture_figure
 
 PACKAGE = Path(__file__).parent
@@ -31,11 +32,13 @@ CODE = {  # where it lies in the repository; diffusers fetches a component's fol
     "image_processor": ("image_processing_ctrl_csc.py", "remote/load_image_processor.py"),
     ".": ("pipeline_ctrl_csc.py", "restoration.py"),
 }
+SAMPLER = "sampler"  # the folder of the pipeline's optional component, in a checkpoint too; here with its code
+SAMPLER_CODE = "sampling.py"
 RECORDS = ("metrics.json", "training_curve.png")
 SETTINGS = "training_args.json"
 GRID = "reconstructions.png"
 # What only some checkpoints have, and code that may be renamed: of these no older publication's files stay.
-REPLACED = ("examples/*.png", "image_processor/*.py", "model/*.py", *RECORDS, SETTINGS, GRID)
+REPLACED = ("examples/*.png", "image_processor/*.py", "model/*.py", f"{SAMPLER}/*", *RECORDS, SETTINGS, GRID)
 MODEL_AUTO_MAP = {
     "AutoConfig": "model/configuration_ctrl_csc.CtrlCscConfig",
     "AutoModel": "model/modeling_ctrl_csc.CtrlCscModel",
@@ -55,6 +58,7 @@ def export(
     repo_id: str = "ORGANIZATION/NAME",
     checkpoint: str | Path | None = None,
     image_processor: BaseImageProcessor | None = None,
+    sampler: LatentSampler | None = None,
     license: str = "apache-2.0",
 ) -> Path:
     """Writes the folder of a Hub repository: weights, configuration, image processor, the code of all, and the card.
@@ -67,6 +71,7 @@ def export(
         repo_id: where it will be published, "organization/name", which the card tells.
         checkpoint: the folder that train.py wrote; the card tells its settings and figures, and shows its pictures.
         image_processor: the model's; by default the checkpoint's, or the one of the model's image size.
+        sampler: the pipeline's; by default the checkpoint's, where it has one.
         license: identifier of the weights' licence, as the Hub lists them.
 
     Raises:
@@ -85,8 +90,12 @@ def export(
     (image_processor or _image_processor(model, checkpoint)).save_pretrained(folder)
     _add_to_json(folder / "config.json", {"auto_map": MODEL_AUTO_MAP})
     _add_to_json(folder / "preprocessor_config.json", {"auto_map": IMAGE_PROCESSOR_AUTO_MAP})
-    (folder / "model_index.json").write_text(json.dumps(MODEL_INDEX, indent=2) + "\n")
-    for subfolder, sources in CODE.items():
+    code, index = CODE, MODEL_INDEX
+    if sampler := sampler or _sampler(checkpoint):
+        sampler.save_pretrained(folder / SAMPLER)
+        code, index = CODE | {SAMPLER: (SAMPLER_CODE,)}, MODEL_INDEX | {SAMPLER: ["sampling", "LatentSampler"]}
+    (folder / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
+    for subfolder, sources in code.items():
         (folder / subfolder).mkdir(exist_ok=True)
         for source in sources:
             shutil.copyfile(PACKAGE / source, folder / subfolder / Path(source).name)
@@ -141,6 +150,12 @@ def _image_processor(model: CtrlCscModel, checkpoint: Path | None) -> BaseImageP
     if checkpoint is not None and (checkpoint / "preprocessor_config.json").is_file():
         return CtrlCscImageProcessor.from_pretrained(checkpoint)
     return CtrlCscImageProcessor(image_size=model.config.image_size)
+
+
+def _sampler(checkpoint: Path | None) -> LatentSampler | None:
+    if checkpoint is not None and (checkpoint / SAMPLER).is_dir():
+        return LatentSampler.from_pretrained(checkpoint / SAMPLER)
+    return None
 
 
 def _add_to_json(path: Path, entries: dict[str, Any]) -> None:

@@ -40,11 +40,12 @@ class CtrlCscPipelineOutput(BaseOutput):
 
 
 class CtrlCscPipeline(DiffusionPipeline):
-    """Reconstructs, denoises and completes images, encodes them, decodes latents, and interpolates between two images.
+    """Reconstructs, denoises and completes images, encodes them, decodes latents, interpolates, and draws new images.
 
     Args:
         model: a `CtrlCscModel`.
         image_processor: its `CtrlCscImageProcessor`, which says what counts as an image.
+        sampler: its `LatentSampler`, which `sample` alone needs.
 
     ```python
     >>> from PIL import Image
@@ -58,10 +59,14 @@ class CtrlCscPipeline(DiffusionPipeline):
 
     model: Any
     image_processor: Any
+    sampler: Any
+    _optional_components = ["sampler"]
 
-    def __init__(self, model: PreTrainedModel, image_processor: BaseImageProcessor) -> None:
+    def __init__(
+        self, model: PreTrainedModel, image_processor: BaseImageProcessor, sampler: object | None = None
+    ) -> None:
         super().__init__()
-        self.register_modules(model=model.eval(), image_processor=image_processor)
+        self.register_modules(model=model.eval(), image_processor=image_processor, sampler=sampler)
 
     @torch.no_grad()
     def __call__(
@@ -218,7 +223,7 @@ class CtrlCscPipeline(DiffusionPipeline):
 
         The package ctrl_csc_hf must be installed. `ctrl-csc publish` uploads.
         """
-        self.model.export(save_directory, image_processor=self.image_processor)
+        self.model.export(save_directory, image_processor=self.image_processor, sampler=self.sampler)
 
     @staticmethod
     def _check(batch_size: int, output_type: str) -> None:
@@ -229,6 +234,41 @@ class CtrlCscPipeline(DiffusionPipeline):
     def _preprocess(self, image: Any) -> Tensor:
         pixel_values = self.image_processor(image, return_tensors="pt").pixel_values
         return pixel_values.to(self.device, self.model.dtype)
+
+    @torch.no_grad()
+    def sample(
+        self,
+        num_images: int = 1,
+        label: int | None = None,
+        component: int | None = None,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        batch_size: int = 64,
+        output_type: str = "pil",
+    ) -> Images:
+        """New images, decoded from latents that the sampler draws; as in `CtrlCscPipelineOutput`.
+
+        Args:
+            num_images: how many.
+            label: a class of the sampler's, where it was fitted with labels.
+            component: one of its components, counted from 0.
+            generator: the same seed gives the same images; a list holds one an image.
+            batch_size: images that are decoded at once.
+            output_type: of the images: "pil", "np" or "pt".
+
+        Raises:
+            ValueError: where there is no sampler, for a label, a component or a number that it refuses, another
+                `output_type`, and a `batch_size` below 1.
+        """
+        _check_output_type(output_type)
+        if batch_size < 1:
+            raise ValueError(f"batch_size must be at least 1, got {batch_size!r}")
+        if self.sampler is None:
+            raise ValueError("sampler must be a LatentSampler, which `ctrl-csc fit-sampler` fits, got None")
+        latents = self.sampler.sample(num_images, label, component, generator)
+        reconstructions = [
+            self.model.decode(batch.to(self.device)).reconstruction for batch in latents.split(batch_size)
+        ]
+        return self.image_processor.postprocess(torch.cat(reconstructions), output_type=output_type)
 
 
 def great_circle(start: Tensor, end: Tensor, num_steps: int) -> Tensor:
