@@ -27,6 +27,7 @@ from ctrl_csc_hf.restoration import NOISE_LEVELS, denoise, denoising_sparsity, e
 
 sys.path.append(str(Path(__file__).parents[1] / "training"))
 
+import baselines  # noqa: F401  # registers its models for AutoModel
 from data import ImageSource, load_images, take_images
 
 CALIBRATION_IMAGES = 64
@@ -168,7 +169,7 @@ def denoising(ours: Ours, baseline: CtrlCscModel | None, held_out: Tensor, clean
         }
         if baseline is not None:
             with torch.no_grad():
-                results["ordinary convolutions, reconstruction"] = baseline(noisy).reconstruction
+                results["ordinary convolutions"] = baseline(noisy).reconstruction
         for name, images in results.items():
             rows.setdefault(name, []).append(mean_psnr(images, clean))
         for name, candidates in other_lambdas(model).items():
@@ -338,7 +339,7 @@ def timings(ours: Ours, images: Tensor) -> None:
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True, help="a folder that train.py wrote, or a Hub repository")
-    parser.add_argument("--baseline", help="an autoencoder of ordinary convolutions; compared where given")
+    parser.add_argument("--baseline", help="a model of ordinary convolutions that train.py wrote; compared where given")
     parser.add_argument("--dataset_name", required=True)
     parser.add_argument("--image_column", default="image")
     parser.add_argument("--split", default="test")
@@ -357,6 +358,8 @@ def main(arguments: list[str] | None = None) -> None:
         image_column=options.image_column,
         image_size=model.config.image_size,
     )
+    if len(images) <= CALIBRATION_IMAGES:
+        parser.error(f"dataset_name must have more than {CALIBRATION_IMAGES} images in the split, got {len(images)}")
     held_out, clean = images[:CALIBRATION_IMAGES], images[CALIBRATION_IMAGES:]
     options.output.mkdir(parents=True, exist_ok=True)
     ours = Ours(model)
