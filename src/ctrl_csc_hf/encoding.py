@@ -37,7 +37,7 @@ def encode_dataset(
     """All rows in their order, a stream's too, in batches of at most `batch_size`.
 
     Raises:
-        ValueError: for a column that does not exist, images in none, and labels that are no integers.
+        ValueError: for a column that does not exist or holds no images, and for labels that are no integers.
     """
     if dataset.features is None:  # a stream whose columns show in its first rows only
         dataset = dataset._resolve_features()

@@ -50,7 +50,7 @@ def segment(latents: Tensor, *, distortion: float = 0.5, num_groups: int = 128, 
         raise ValueError(f"distortion must be positive, got {distortion!r}")
     if num_groups < 1:
         raise ValueError(f"num_groups must be at least 1, got {num_groups!r}")
-    latents = latents.float()
+    latents = latents.float().cpu()
     start = torch.arange(len(latents)) if num_groups >= len(latents) else k_means(latents, num_groups, seed)
     groups = _Groups(latents, start, distortion)
     while groups.merge_best():
