@@ -23,7 +23,7 @@ from torch import Tensor
 from transformers import AutoModel
 
 from ctrl_csc_hf import CtrlCscImageProcessor, CtrlCscModel, CtrlCscPipeline
-from ctrl_csc_hf.restoration import NOISE_LEVELS, denoise, denoising_sparsity, explain, psnr
+from ctrl_csc_hf.restoration import DENOISING_ITERATIONS, NOISE_LEVELS, denoise, denoising_sparsity, explain, psnr
 
 sys.path.append(str(Path(__file__).parents[1] / "training"))
 
@@ -31,7 +31,6 @@ import baselines  # noqa: F401  # registers its models for AutoModel
 from data import ImageSource, load_images, take_images
 
 CALIBRATION_IMAGES = 64
-ITERATIONS = 16  # of the stages alone, beyond which nothing was gained
 SHOWN_LEVEL, SHOWN_IMAGES = 0.2, 8
 SCORE_LEVELS = (0.025, 0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.7)
 WHITE = 1.0
@@ -89,7 +88,7 @@ def stages_alone(model: CtrlCscModel, noisy: Tensor, sparsities: Sequence[float]
     encoder, signal, sizes = model.encoder, noisy, []
     for stage, norm, sparsity in zip(encoder.stages, encoder.norms, sparsities, strict=False):
         sizes.append(signal.shape[-2:])
-        signal = norm(stage.solve(signal, sparsity=sparsity, num_iterations=ITERATIONS), False)
+        signal = norm(stage.solve(signal, sparsity=sparsity, num_iterations=DENOISING_ITERATIONS), False)
     for stage, norm, size in reversed(list(zip(encoder.stages, encoder.norms, sizes, strict=False))):
         signal = stage.synthesize(torch.relu(norm.inverse(signal)), size)
     return signal
@@ -115,8 +114,10 @@ def other_lambdas(model: CtrlCscModel) -> dict[str, dict[str, Restorer]]:
     return {
         "loop, lambda of the first stage": {f"{own * f:.3g}": first(own * f) for f in factors},
         "loop, lambda of all stages": {f"{own * f:.3g}": all_stages(own * f) for f in factors},
-        "A(z) of the first stage": {f"{own * f:.3g}": one_stage(own * f) for f in (0.25, 0.5, *factors)},
-        "two stages, lambda of the second": {f"{own * f:.3g}": two_stages(own * f) for f in (1, 5, 15, 50, 100)},
+        "A(z) of the first stage": {f"{own * f:.3g}": one_stage(own * f) for f in (0.05, 0.1, 0.25, 0.5, *factors)},
+        "two stages, lambda of the second": {
+            f"{own * f:.3g}": two_stages(own * f) for f in (0.05, 0.25, 1, 5, 15, 50, 100)
+        },
     }
 
 
