@@ -109,6 +109,15 @@ def test_what_evaluate_adds_to_the_figures_is_in_the_card(checkpoint: Path, tmp_
     assert "| linear probe on the latents, accuracy | 45.6% |" in card
 
 
+def test_a_model_that_has_not_played_the_game_does_not_claim_it(checkpoint: Path, tmp_path: Path) -> None:
+    settings = json.loads((checkpoint / "training_args.json").read_text())
+    (checkpoint / "training_args.json").write_text(json.dumps(settings | {"loop": "squared_error"}))
+    folder = export(trained_model(False, "batch_norm"), tmp_path / "out", repo_id=REPOSITORY, checkpoint=checkpoint)
+    card = (folder / "README.md").read_text()
+    assert "Trained as an autoencoder, for comparison, without the game" in card
+    assert "No loss compares" not in card and "the encoder minimises" not in card
+
+
 def test_the_text_tells_settings_results_and_limits(repository: Path) -> None:
     card = (repository / "README.md").read_text()
     training = load_preset("cifar10")["training"]
