@@ -159,6 +159,24 @@ def test_the_same_checkpoint_gives_the_same_bytes_in_every_process(tmp_path: Pat
     assert first == files(tmp_path / "again")
 
 
+@pytest.mark.parametrize("shared", [False, True])
+def test_half_the_bytes_give_nearly_the_same_model_in_its_own_precision(shared: bool, tmp_path: Path) -> None:
+    model = trained_model(shared, "inverse" if shared else "batch_norm")
+    whole = export(model, tmp_path / "whole")
+    half = export(model, tmp_path / "half", half=True)
+    sizes = [
+        sum(t.numel() * t.element_size() for t in load_file(f / "model.safetensors").values()) for f in (whole, half)
+    ]
+    dictionaries = {dictionary.dictionary for dictionary in model.dictionaries()}
+    assert sizes[0] - sizes[1] == 2 * sum(dictionary.numel() for dictionary in dictionaries)
+    loaded = CtrlCscModel.from_pretrained(half).eval()
+    assert loaded.dtype == torch.float32
+    assert all(dictionary.has_unit_atoms() for dictionary in loaded.dictionaries())
+    images = torch.rand(4, 3, model.config.image_size, model.config.image_size) * 2 - 1
+    with torch.no_grad():
+        torch.testing.assert_close(loaded(images).reconstruction, model(images).reconstruction, atol=5e-3, rtol=0)
+
+
 def test_the_checkpoints_own_image_processor_is_published(tmp_path: Path) -> None:
     checkpoint = a_checkpoint(tmp_path / "checkpoint", trained_model(False, "batch_norm"))
     CtrlCscImageProcessor(image_size=8, resample=0, do_center_crop=False).save_pretrained(checkpoint)

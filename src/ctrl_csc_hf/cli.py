@@ -137,16 +137,17 @@ def publish(
     repo_id: Annotated[str, typer.Option("--repo_id", help="ORGANIZATION/NAME on the Hub.")],
     private: Annotated[bool, typer.Option("--private", help="Create a private repository.")] = False,
     license: Annotated[str, typer.Option(help="Of the weights, as the Hub lists licences.")] = "apache-2.0",
+    half: Annotated[bool, typer.Option("--half", help="Store the dictionaries in float16, half as large.")] = False,
     dry_run: Annotated[Path | None, typer.Option("--dry_run", help="Write the folder here; upload nothing.")] = None,
 ) -> None:
     """Publishes a checkpoint as a Hub repository, with its code, its model card and an endpoint handler."""
     model = _load_model(str(checkpoint), "CHECKPOINT")
     try:
         if dry_run is not None:
-            hub.export(model, dry_run, repo_id=repo_id, checkpoint=checkpoint, license=license)
+            hub.export(model, dry_run, repo_id=repo_id, checkpoint=checkpoint, license=license, half=half)
             typer.echo(f"Written, not uploaded: {dry_run}")
         else:
-            typer.echo(f"Published: {hub.publish(checkpoint, repo_id, private=private, license=license)}")
+            typer.echo(f"Published: {hub.publish(checkpoint, repo_id, private=private, license=license, half=half)}")
     except (OSError, ValueError) as error:  # what the Hub refuses is an OSError
         _stop(str(error))
     except HTTPError as error:

@@ -12,6 +12,7 @@ from typing import Any
 
 from huggingface_hub import HfApi
 from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
+from safetensors.torch import load_file, save_file
 from transformers.image_processing_utils import BaseImageProcessor
 
 from .image_processing_ctrl_csc import CtrlCscImageProcessor
@@ -60,6 +61,7 @@ def export(
     image_processor: BaseImageProcessor | None = None,
     sampler: LatentSampler | None = None,
     license: str = "apache-2.0",
+    half: bool = False,
 ) -> Path:
     """Writes the folder of a Hub repository: weights, configuration, image processor, the code of all, and the card.
 
@@ -73,6 +75,8 @@ def export(
         image_processor: the model's; by default the checkpoint's, or the one of the model's image size.
         sampler: the pipeline's; by default the checkpoint's, where it has one.
         license: identifier of the weights' licence, as the Hub lists them.
+        half: whether the file holds the dictionaries in float16, half as large; the model is loaded in its own
+            precision, with atoms made unit vectors again.
 
     Raises:
         ValueError: if `repo_id` has another form, and if `folder` is a file or the checkpoint itself.
@@ -87,6 +91,8 @@ def export(
     if checkpoint is not None and folder.resolve() == checkpoint.resolve():
         raise ValueError(f"folder must be another one than the checkpoint's, got {folder}")
     model.save_pretrained(folder)
+    if half:
+        _store_in_half(folder / "model.safetensors")
     (image_processor or _image_processor(model, checkpoint)).save_pretrained(folder)
     _add_to_json(folder / "config.json", {"auto_map": MODEL_AUTO_MAP})
     _add_to_json(folder / "preprocessor_config.json", {"auto_map": IMAGE_PROCESSOR_AUTO_MAP})
@@ -116,7 +122,14 @@ def export(
     return folder
 
 
-def publish(checkpoint: str | Path, repo_id: str, *, private: bool = False, license: str = "apache-2.0") -> str:
+def publish(
+    checkpoint: str | Path,
+    repo_id: str,
+    *,
+    private: bool = False,
+    license: str = "apache-2.0",
+    half: bool = False,
+) -> str:
     """Uploads a checkpoint in the form of `export`, as one commit: a reader sees all of it or nothing.
 
     Where nothing has changed, nothing is uploaded. After an upload that broke off the next one goes on with it. What
@@ -127,7 +140,7 @@ def publish(checkpoint: str | Path, repo_id: str, *, private: bool = False, lice
         checkpoint: a folder that `save_pretrained` or train.py wrote.
         repo_id: "organization/name", or "name" for the account's own; is created where it does not exist.
         private: whether a repository that is created is private.
-        license: identifier of the weights' licence, as the Hub lists them.
+        license, half: as in `export`.
 
     Returns:
         The repository's address.
@@ -136,7 +149,7 @@ def publish(checkpoint: str | Path, repo_id: str, *, private: bool = False, lice
     api = HfApi()
     repository = api.create_repo(repo_id, private=private, exist_ok=True)
     with TemporaryDirectory() as folder:
-        export(model, folder, repo_id=repository.repo_id, checkpoint=checkpoint, license=license)
+        export(model, folder, repo_id=repository.repo_id, checkpoint=checkpoint, license=license, half=half)
         api.upload_folder(
             repo_id=repository.repo_id,
             folder_path=folder,
@@ -144,6 +157,12 @@ def publish(checkpoint: str | Path, repo_id: str, *, private: bool = False, lice
             commit_message="Publish with ctrl-csc-hf",
         )
     return str(repository)
+
+
+def _store_in_half(path: Path) -> None:
+    tensors = load_file(path)
+    halved = {name: tensor.half() if name.endswith("dictionary") else tensor for name, tensor in tensors.items()}
+    save_file(halved, path, metadata={"format": "pt"})
 
 
 def _image_processor(model: CtrlCscModel, checkpoint: Path | None) -> BaseImageProcessor:
