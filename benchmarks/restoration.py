@@ -1,4 +1,4 @@
-"""Denoising and completion measured, and their pictures; docs/gallery_restoration.md shows what it printed and drew.
+"""Denoising and completion measured, and their pictures; docs/gallery.md shows what it printed and drew.
 
     python benchmarks/restoration.py --model MODEL --dataset_name uoft-cs/cifar10 --image_column img
 
