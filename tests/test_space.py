@@ -2,6 +2,7 @@
 
 import io
 import os
+import runpy
 import shlex
 import shutil
 import socket
@@ -13,6 +14,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import gradio as gr
 import numpy as np
 import pytest
 import torch
@@ -24,9 +26,11 @@ from test_halves import trained_model
 from test_hub import WITHOUT_THE_PACKAGE, needs_downloaded_code, publish
 from test_readme import COMMANDS
 
-from ctrl_csc_hf import CtrlCscImageProcessor, CtrlCscModel, CtrlCscPipeline
+from ctrl_csc_hf import CtrlCscImageProcessor, CtrlCscModel, CtrlCscPipeline, anatomy
+from ctrl_csc_hf.sampling import LatentSampler
 
 SPACE = Path(__file__).parents[1] / "spaces" / "ctrl-csc"
+APP = runpy.run_path(str(SPACE / "app.py"))
 START = WITHOUT_THE_PACKAGE + "import runpy; runpy.run_path(sys.argv[1], run_name='__main__')"
 # The rest of Chromium's own traffic finds no network on a test machine and fills its log.
 FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update"]
@@ -132,10 +136,22 @@ def upload(page: Page, name: str, path: Path) -> None:
     page.locator(f"#{name} input[type=file]").set_input_files(path)
 
 
-def a_pipeline(model: CtrlCscModel) -> CtrlCscPipeline:
-    pipe = CtrlCscPipeline(model, CtrlCscImageProcessor(image_size=model.config.image_size))
+def a_pipeline(model: CtrlCscModel, sampler: LatentSampler | None = None) -> CtrlCscPipeline:
+    pipe = CtrlCscPipeline(model, CtrlCscImageProcessor(image_size=model.config.image_size), sampler)
     pipe.set_progress_bar_config(disable=True)
     return pipe
+
+
+def a_sampler(labels: torch.Tensor | None) -> LatentSampler:
+    generator = torch.Generator().manual_seed(0)
+    means, factors = (torch.randn(2, *shape, generator=generator) for shape in ((6,), (3, 6)))
+    return LatentSampler(torch.tensor([0.5, 0.5]), means, list(factors), labels)
+
+
+def small(picture: Image.Image, height: int) -> Image.Image:
+    """A picture of the page with each pixel, shown as a square, as one."""
+    scale = picture.height // height
+    return Image.fromarray(np.asarray(picture)[scale // 2 :: scale, scale // 2 :: scale])
 
 
 @needs_downloaded_code
@@ -197,6 +213,8 @@ def test_readmes_demo_command_serves_a_local_folder_with_its_examples(
     folder = tmp_path / "model"
     model.save_pretrained(folder)
     CtrlCscImageProcessor(image_size=model.config.image_size).save_pretrained(folder)
+    sampler = a_sampler(labels=None)
+    sampler.save_pretrained(folder / "sampler")
     (folder / "examples").mkdir()
     for photo in photos:
         shutil.copy(photo, folder / "examples")
@@ -207,7 +225,105 @@ def test_readmes_demo_command_serves_a_local_folder_with_its_examples(
     with serving(command, {"GRADIO_ANALYTICS_ENABLED": "0"}, port, tmp_path / "log") as address:
         browser_page.goto(address)
         browser_page.locator("button.gallery-item").nth(1).click()
-        assert same(browser_page, "reconstruction", a_pipeline(model)(Image.open(photos[1])).images[0])
+        pipe, photo = a_pipeline(model, sampler), Image.open(photos[1])
+        assert same(browser_page, "reconstruction", pipe(photo).images[0])
+
+        browser_page.get_by_role("tab", name="Look inside").click()
+        upload(browser_page, "inside_image", photos[1])
+        assert same(browser_page, "inside", small(APP["look_inside"](pipe, photo, 1)[0], 17))
+        browser_page.get_by_role("tab", name="Remove noise").click()
+        upload(browser_page, "clean", photos[1])
+        assert same(browser_page, "denoised", small(APP["denoise"](pipe, photo, 0.2)[2], 8))
+        browser_page.get_by_role("tab", name="Fill in").click()
+        upload(browser_page, "whole", photos[1])
+        assert same(browser_page, "kept", small(APP["complete"](pipe, photo, 0.5, 0)[2], 8))
+        browser_page.get_by_role("tab", name="Draw new images").click()
+        assert same(browser_page, "samples", small(APP["sample"](pipe, "any", 0), 35))
+
+
+@pytest.mark.parametrize("normalization", ["batch_norm", "inverse"])
+def test_what_atoms_add_is_what_anatomy_finds_and_adds_up(normalization: str) -> None:
+    decoder = trained_model(False, normalization).decoder
+    latents = torch.nn.functional.normalize(torch.randn(1, 6), dim=1)
+    parts, before_tanh = APP["contributions"](decoder, latents, 1)
+    expected, bias = anatomy.contributions(decoder, latents, 1)
+    torch.testing.assert_close(parts, expected, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(before_tanh, expected.sum(dim=0) + bias, atol=1e-4, rtol=1e-4)
+
+
+def test_atoms_in_pixels_are_those_of_anatomy_in_the_middle_of_the_image() -> None:
+    decoder = trained_model(False, "batch_norm").decoder
+    chosen = torch.tensor([2, 0])
+    pictures, expected = APP["atoms_in_pixels"](decoder, 1, chosen), anatomy.atoms_in_pixels(decoder, 1)[chosen]
+    top = 2 * 2 - 1  # the middle of 4 places, at stride 2 and padding 1
+    side = expected.shape[-1]
+    torch.testing.assert_close(pictures[:, :, top : top + side, top : top + side], expected)
+    torch.testing.assert_close(pictures.square().sum(), expected.square().sum())
+
+
+def test_noise_is_removed_as_the_pipeline_does_and_the_figures_are_of_the_pictures(photos: list[Path]) -> None:
+    pipe, photo = a_pipeline(trained_model(False, "batch_norm")), Image.open(photos[0])
+    *pictures, figures = APP["denoise"](pipe, photo, 0.3)
+    noisy, reconstruction, denoised = (small(picture, 8) for picture in pictures)
+    for got, expected in ((reconstruction, pipe(noisy).images[0]), (denoised, pipe.denoise(noisy, 0.3)[0])):
+        assert np.abs(np.asarray(got).astype(int) - np.asarray(expected)).max() <= 2  # the page's noise has no 8 bits
+    (clean,) = pipe.image_processor.postprocess(pipe.image_processor(photo, return_tensors="pt").pixel_values)
+    error = np.square(np.asarray(noisy) / 255 - np.asarray(clean) / 255).mean()
+    assert abs(float(figures.split("with noise ")[1].split(" dB")[0]) + 10 * np.log10(error)) < 0.1
+
+
+def test_missing_pixels_are_white_as_many_as_asked_for_and_the_others_kept(photos: list[Path]) -> None:
+    pipe, photo = a_pipeline(trained_model(False, "batch_norm")), Image.open(photos[0])
+    damaged, completed, kept = (np.asarray(small(image, 8)) for image in APP["complete"](pipe, photo, 0.5, 3))
+    missing = (damaged == 255).all(axis=2)
+    assert 0.25 < missing.mean() < 0.75
+    assert np.array_equal(kept[~missing], damaged[~missing]) and np.array_equal(kept[missing], completed[missing])
+    again, other = (np.asarray(small(APP["complete"](pipe, photo, 0.5, seed)[0], 8)) for seed in (3, 4))
+    assert np.array_equal(again, damaged) and not np.array_equal(other, damaged)
+
+
+def test_samples_are_the_pipelines_of_this_class_and_seed() -> None:
+    pipe = a_pipeline(trained_model(False, "batch_norm"), a_sampler(labels=torch.tensor([3, 7])))
+    sheet = np.asarray(small(APP["sample"](pipe, "7", 5), 35))
+    expected = pipe.sample(32, 7, generator=torch.Generator().manual_seed(5))
+    for index in (0, 9, 31):
+        top, left = index // 8 * 9, index % 8 * 9
+        assert np.array_equal(sheet[top : top + 8, left : left + 8], np.asarray(expected[index]))
+
+
+@pytest.mark.parametrize(
+    ("function", "arguments", "message"),
+    [
+        ("complete", (0.5, None), "seed must be a whole number from 0 to 4294967295, got None"),
+        ("complete", (0.5, -1), "seed must be a whole number from 0 to 4294967295, got -1"),
+        ("complete", (1.0, 0), "mask must leave at least one pixel known"),
+        ("denoise", (0.0,), "noise_std must be a finite number above 0"),
+    ],
+)
+def test_wrong_input_is_said_in_words(function: str, arguments: tuple, message: str, photos: list[Path]) -> None:
+    pipe = a_pipeline(trained_model(False, "batch_norm"))
+    with pytest.raises(gr.Error, match=message):
+        APP["_say_errors"](APP[function], pipe, Image.open(photos[0]), *arguments)
+
+
+def test_without_an_image_every_tab_is_empty() -> None:
+    pipe = a_pipeline(trained_model(False, "batch_norm"))
+    for function, arguments in (
+        ("reconstruct", (1,)),
+        ("look_inside", (1,)),
+        ("denoise", (0.2,)),
+        ("complete", (0.5, 0)),
+    ):
+        assert not any(APP[function](pipe, None, *arguments))
+    assert APP["between"](pipe, None, None, 0.5) == ([], None)
+
+
+def test_only_a_repository_with_a_sampler_has_the_tab_that_draws() -> None:
+    for sampler in (None, a_sampler(labels=None)):
+        page = APP["build"](a_pipeline(trained_model(False, "batch_norm"), sampler), [])
+        tabs = [part["props"]["label"] for part in page.config["components"] if part["type"] == "tabitem"]
+        assert tabs[:5] == ["Reconstruct", "Look inside", "Remove noise", "Fill in", "Interpolate"]
+        assert tabs[5:] == ([] if sampler is None else ["Draw new images"])
 
 
 def test_without_a_repository_the_space_says_what_it_needs() -> None:

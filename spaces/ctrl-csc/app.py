@@ -4,6 +4,8 @@ It runs without ctrl_csc_hf: the repository brings its own code. `ctrl-csc demo`
 """
 
 import os
+from collections.abc import Callable
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -17,7 +19,10 @@ from PIL import Image
 
 SHOWN_SIDE = 384  # pixels that a picture has at least on the page: a model's images may be 32 pixels wide
 NUM_FRAMES = 21  # positions of the interpolation's slider
-GAP = 1  # pixels between the maps of two atoms
+GAP = 1  # pixels between the maps of two atoms, and between samples
+SHOWN_ATOMS = 7
+SAMPLES = (4, 8)  # rows and columns
+ANY = "any"
 
 
 def build(pipe: DiffusionPipeline, examples: list[str]) -> gr.Blocks:
@@ -27,36 +32,10 @@ def build(pipe: DiffusionPipeline, examples: list[str]) -> gr.Blocks:
         pipe: a `CtrlCscPipeline`.
         examples: image files to pick from; may be none.
     """
-    pairs = [list(pair) for pair in pairwise(examples)]
-    num_stages = len(pipe.model.config.stage_channels)
+    stages = list(range(1, len(pipe.model.config.stage_channels) + 1))
 
-    def reconstruct(image: Image.Image | None, stage: int) -> tuple[Any, ...]:
-        if image is None:
-            return None, None, None, None, ""
-        output = _say_errors(pipe, image, output_type="np", return_codes=True)
-        original = pipe.image_processor.postprocess(
-            pipe.image_processor(image, return_tensors="pt").pixel_values, output_type="np"
-        )[0]
-        reconstruction = output.images[0]
-        psnr = -10 * np.log10(np.square(original - reconstruction).mean() + 1e-12)
-        codes = output.codes[stage - 1][0]
-        channels, height, width = codes.shape
-        figures = (
-            f"PSNR {psnr:.2f} dB, from {pipe.model.config.latent_dim} numbers. Stage {stage} of {num_stages}: "
-            f"{channels} atoms at {height}x{width} places; {(codes > 0).float().mean().item():.1%} of its "
-            f"{codes.numel():,} codes are not zero."
-        )
-        difference = 0.5 + (original - reconstruction) / 2
-        return _picture(original), _picture(reconstruction), _picture(difference), _maps(codes), figures
-
-    def between(a: Image.Image | None, b: Image.Image | None, position: float) -> tuple[Any, ...]:
-        if a is None or b is None:
-            return [], None
-        frames = [_picture(frame) for frame in _say_errors(pipe.interpolate, a, b, NUM_FRAMES, output_type="np")]
-        return frames, pick(frames, position)
-
-    def pick(frames: list[Image.Image], position: float) -> Image.Image | None:
-        return frames[round(position * (NUM_FRAMES - 1))] if frames else None
+    def does(function: Callable[..., Any]) -> Callable[..., Any]:
+        return partial(_say_errors, function, pipe)
 
     with gr.Blocks(title="CTRL-CSC", analytics_enabled=False) as page:
         gr.Markdown(
@@ -67,51 +46,242 @@ def build(pipe: DiffusionPipeline, examples: list[str]) -> gr.Blocks:
         with gr.Tab("Reconstruct"):
             with gr.Row():
                 image = _given("Your image", "image")
-                original = _shown("What the model sees", "original")
-                reconstruction = _shown("Reconstruction", "reconstruction")
-                difference = _shown("Difference; grey: none", "difference")
+                outputs = [
+                    _shown("What the model sees", "original"),
+                    _shown("Reconstruction", "reconstruction"),
+                    _shown("Difference; grey: none", "difference"),
+                ]
             if examples:
                 gr.Examples(examples, image)
             figures = gr.Markdown(elem_id="figures")
-            stage = gr.Radio(list(range(1, num_stages + 1)), value=1, label="Stage whose codes are shown")
+            stage = gr.Radio(stages, value=1, label="Stage whose codes are shown")
             maps = _shown("Codes of this stage, a map for each atom, most active first; white: zero", "codes", 440)
-            gr.on(
-                [image.change, stage.change],
-                reconstruct,
-                [image, stage],
-                [original, reconstruction, difference, maps, figures],
-                show_progress="hidden",
-            )
+            _on([image.change, stage.change], does(reconstruct), [image, stage], [*outputs, maps, figures])
+        with gr.Tab("Look inside"):
+            with gr.Row():
+                image = _given("Your image", "inside_image")
+                inside = _shown("Atoms, and beneath each what it adds to the reconstruction", "inside", scale=3)
+            stage = gr.Radio(stages, value=1, label="Stage", elem_id="inside_stage")
+            figures = gr.Markdown(elem_id="inside_figures")
+            if examples:
+                gr.Examples(examples, image)
+            _on([image.change, stage.change], does(look_inside), [image, stage], [inside, figures])
+        with gr.Tab("Remove noise"):
+            with gr.Row():
+                image = _given("Your image", "clean")
+                outputs = [
+                    _shown("With noise", "noisy"),
+                    _shown("Reconstruction of it", "noisy_reconstruction"),
+                    _shown("Denoised", "denoised"),
+                ]
+            level = gr.Slider(0.05, 0.5, 0.2, step=0.05, label="Standard deviation of the noise, of pixels in [-1, 1]")
+            figures = gr.Markdown(elem_id="noise_figures")
+            if examples:
+                gr.Examples(examples, image)
+            _on([image.change, level.change], does(denoise), [image, level], [*outputs, figures])
+        with gr.Tab("Fill in"):
+            with gr.Row():
+                image = _given("Your image", "whole")
+                outputs = [
+                    _shown("Missing pixels: white", "damaged"),
+                    _shown("Completed", "completed"),
+                    _shown("The same, known pixels kept", "kept"),
+                ]
+            share = gr.Slider(0.05, 0.95, 0.5, step=0.05, label="Share of missing pixels")
+            seed = gr.Number(0, label="Seed: which ones", precision=0, elem_id="mask_seed")
+            if examples:
+                gr.Examples(examples, image)
+            _on([image.change, share.change, seed.change], does(complete), [image, share, seed], outputs)
         with gr.Tab("Interpolate"):
             with gr.Row():
                 first = _given("One image", "first")
                 frame = _shown("Between them", "between")
                 second = _given("Another", "second")
             position = gr.Slider(0, 1, 0.5, step=1 / (NUM_FRAMES - 1), label="Along the great circle of the latents")
-            if pairs:
-                gr.Examples(pairs, [first, second])
+            if examples[1:]:
+                gr.Examples([list(pair) for pair in pairwise(examples)], [first, second])
             frames = gr.State([])
-            gr.on([first.change, second.change], between, [first, second, position], [frames, frame])
-            position.change(pick, [frames, position], frame, show_progress="hidden")
+            _on([first.change, second.change], does(between), [first, second, position], [frames, frame])
+            _on([position.change], pick, [frames, position], frame)
+        if pipe.sampler is not None:
+            with gr.Tab("Draw new images"):
+                samples = _shown("Decoded from latents that the sampler drew", "samples", 440)
+                classes = [] if pipe.sampler.labels is None else sorted(set(pipe.sampler.labels.tolist()))
+                label = gr.Radio([ANY, *map(str, classes)], value=ANY, label="Class", visible=bool(classes))
+                seed = gr.Number(0, label="Seed", precision=0, elem_id="sample_seed")
+                _on([page.load, label.change, seed.change], does(sample), [label, seed], samples)
     return page
+
+
+def reconstruct(pipe: DiffusionPipeline, image: Image.Image | None, stage: int) -> tuple[Any, ...]:
+    """What the model sees, its reconstruction, their difference, the codes of a stage, and figures."""
+    if image is None:
+        return None, None, None, None, ""
+    output = pipe(image, output_type="np", return_codes=True)
+    original = pipe.image_processor.postprocess(_pixels(pipe, image), output_type="np")[0]
+    reconstruction = output.images[0]
+    codes = output.codes[stage - 1][0]
+    channels, height, width = codes.shape
+    figures = (
+        f"PSNR {_psnr(original, reconstruction):.2f} dB, from {pipe.model.config.latent_dim} numbers. Stage {stage} of "
+        f"{len(output.codes)}: {channels} atoms at {height}x{width} places; {(codes > 0).float().mean().item():.1%} of "
+        f"its {codes.numel():,} codes are not zero."
+    )
+    difference = 0.5 + (original - reconstruction) / 2
+    return _picture(original), _picture(reconstruction), _picture(difference), _maps(codes), figures
+
+
+def look_inside(pipe: DiffusionPipeline, image: Image.Image | None, stage: int) -> tuple[Any, ...]:
+    """The decoder's atoms that add most to a reconstruction above what they add, and a text.
+
+    Last come the reconstruction and, beneath it, what is left: all other atoms and the bias.
+    """
+    if image is None:
+        return None, ""
+    latents = pipe.encode(image)
+    parts, before_tanh = contributions(pipe.model.decoder, latents, stage)
+    order = parts.square().sum(dim=(1, 2, 3)).argsort(descending=True)[:SHOWN_ATOMS]
+    atoms, leading = atoms_in_pixels(pipe.model.decoder, stage, order), parts[order]
+    atoms = atoms / atoms.abs().amax(dim=(1, 2, 3), keepdim=True).clamp(min=1e-12)
+    factor = 1 / leading.abs().max().clamp(min=1e-12)
+    above = torch.cat([atoms, before_tanh.tanh()[None]])
+    beneath = torch.cat([factor * leading, (before_tanh - leading.sum(dim=0))[None]])
+    numbers = ", ".join(map(str, order.tolist()))
+    figures = (
+        f"The atoms of stage {stage} that add most to this reconstruction, of {len(parts)}: {numbers}. Above, each "
+        "carried down to pixels through the dictionaries; beneath, what it adds before tanh with the relus of this "
+        f"image frozen, times {factor:.1f}; grey is zero. At the right the reconstruction and, beneath it, all other "
+        "atoms and the bias. What is beneath, without that factor, adds up to the reconstruction before tanh."
+    )
+    return _sheet(pipe, torch.cat([above, beneath]), len(above)), figures
+
+
+def denoise(pipe: DiffusionPipeline, image: Image.Image | None, noise_std: float) -> tuple[Any, ...]:
+    """The image with noise, the reconstruction of that, what `pipe.denoise` makes of it, and their PSNR."""
+    if image is None:
+        return None, None, None, ""
+    clean = _pixels(pipe, image)
+    noise = torch.randn(clean.shape, generator=torch.Generator().manual_seed(0))
+    noisy = pipe.image_processor.postprocess(clean + noise_std * noise, output_type="pt")
+    reconstruction = pipe(noisy, output_type="np").images[0]
+    denoised = pipe.denoise(noisy, noise_std, output_type="np")[0]
+    original = pipe.image_processor.postprocess(clean, output_type="np")[0]
+    pictures = (noisy[0].permute(1, 2, 0).numpy(), reconstruction, denoised)
+    names = ("with noise", "reconstruction", "denoised")
+    figures = ", ".join(
+        f"{name} {_psnr(original, pixels):.2f} dB" for name, pixels in zip(names, pictures, strict=True)
+    )
+    return *map(_picture, pictures), f"PSNR: {figures}."
+
+
+def complete(pipe: DiffusionPipeline, image: Image.Image | None, share: float, seed: int | None) -> tuple[Any, ...]:
+    """The image without some of its pixels, completed, and completed with the known pixels kept."""
+    if image is None:
+        return None, None, None
+    pixels = _pixels(pipe, image)
+    missing = torch.rand(pixels.shape[-2:], generator=_generator(seed)) < share
+    damaged = pipe.image_processor.postprocess(pixels.where(~missing, 1.0), output_type="pt")
+    completed, kept = (pipe.inpaint(damaged, missing, keep_known=keep, output_type="np")[0] for keep in (False, True))
+    return _picture(damaged[0].permute(1, 2, 0).numpy()), _picture(completed), _picture(kept)
+
+
+def between(pipe: DiffusionPipeline, a: Image.Image | None, b: Image.Image | None, position: float) -> tuple[Any, ...]:
+    """All frames between two images, and the one at a position in [0, 1]."""
+    if a is None or b is None:
+        return [], None
+    frames = [_picture(frame) for frame in pipe.interpolate(a, b, NUM_FRAMES, output_type="np")]
+    return frames, pick(frames, position)
+
+
+def pick(frames: list[Image.Image], position: float) -> Image.Image | None:
+    return frames[round(position * (NUM_FRAMES - 1))] if frames else None
+
+
+def sample(pipe: DiffusionPipeline, label: str, seed: int | None) -> Image.Image:
+    """New images, of a class where the sampler has classes."""
+    rows, columns = SAMPLES
+    drawn = pipe.sample(
+        rows * columns, None if label == ANY else int(label), generator=_generator(seed), output_type="pt"
+    )
+    return _sheet(pipe, 2 * drawn - 1, columns)
+
+
+@torch.no_grad()
+def contributions(decoder: Any, latents: torch.Tensor, stage: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """What each atom of a stage adds to the reconstruction before tanh (atoms, 3, H, W), and that sum (3, H, W).
+
+    With the relus of this image frozen the decoder is linear in an atom's codes, and so in the atom itself: the
+    derivative towards the atom is what it adds.
+    """
+    name = f"stages.{stage - 1}.dictionary"
+    dictionary = decoder.get_parameter(name)
+
+    def decode(atoms: torch.Tensor) -> torch.Tensor:
+        return torch.func.functional_call(decoder, {name: atoms}, (latents,)).reconstruction[0]
+
+    parts = []
+    for index, atom in enumerate(dictionary):
+        alone = torch.zeros_like(dictionary)
+        alone[index] = atom
+        parts.append(torch.func.jvp(decode, (dictionary,), (alone,))[1])
+    reconstruction = decode(dictionary).clamp(-1 + 1e-6, 1 - 1e-6)  # where tanh is flat, nothing is left to divide
+    return torch.stack(parts) / (1 - reconstruction**2), reconstruction.atanh()
+
+
+@torch.no_grad()
+def atoms_in_pixels(decoder: Any, stage: int, chosen: torch.Tensor) -> torch.Tensor:
+    """These atoms of a stage, each from the middle of the image, through the dictionaries alone: (n, 3, H, W)."""
+    sizes = decoder.config.signal_sizes
+    signal = torch.zeros(len(chosen), decoder.config.stage_channels[stage - 1], sizes[stage], sizes[stage])
+    signal[torch.arange(len(chosen)), chosen.cpu(), sizes[stage] // 2, sizes[stage] // 2] = 1
+    signal = signal.to(decoder.device, decoder.dtype)
+    for lower in reversed(range(stage)):
+        signal = decoder.stages[lower].synthesize(signal, (sizes[lower], sizes[lower]))
+    return signal
 
 
 def _given(label: str, elem_id: str) -> gr.Image:
     return gr.Image(label=label, elem_id=elem_id, type="pil", sources=["upload", "clipboard"], height=300)
 
 
-def _shown(label: str, elem_id: str, height: int = 300) -> gr.Image:
+def _shown(label: str, elem_id: str, height: int = 300, scale: int = 1) -> gr.Image:
     return gr.Image(
-        label=label, elem_id=elem_id, format="png", interactive=False, height=height, buttons=["download", "fullscreen"]
+        label=label,
+        elem_id=elem_id,
+        format="png",
+        interactive=False,
+        height=height,
+        scale=scale,
+        buttons=["download", "fullscreen"],
     )
 
 
-def _say_errors(function: Any, *args: Any, **kwargs: Any) -> Any:
+def _on(events: list[Any], function: Callable[..., Any], inputs: list[Any], outputs: Any) -> None:
+    gr.on(events, function, inputs, outputs, show_progress="hidden")
+
+
+def _say_errors(function: Callable[..., Any], *args: Any) -> Any:
     """Calls it; what it refuses appears on the page in its words."""
     try:
-        return function(*args, **kwargs)
+        return function(*args)
     except (ValueError, TypeError) as error:
         raise gr.Error(str(error)) from error
+
+
+def _generator(seed: int | None) -> torch.Generator:
+    if seed is None or not 0 <= seed < 2**32:
+        raise ValueError(f"The seed must be a whole number from 0 to {2**32 - 1}, got {seed}")
+    return torch.Generator().manual_seed(int(seed))
+
+
+def _pixels(pipe: DiffusionPipeline, image: Image.Image) -> torch.Tensor:
+    """What the model sees, (1, 3, H, W) in [-1, 1]."""
+    return pipe.image_processor(image, return_tensors="pt").pixel_values
+
+
+def _psnr(original: np.ndarray, other: np.ndarray) -> float:
+    """In dB, of pixels in [0, 1]."""
+    return float(-10 * np.log10(np.square(original - other).mean() + 1e-12))
 
 
 def _picture(pixels: np.ndarray) -> Image.Image:
@@ -119,6 +289,18 @@ def _picture(pixels: np.ndarray) -> Image.Image:
     scale = -(-SHOWN_SIDE // pixels.shape[0])
     values = (pixels.clip(0, 1) * 255).round().astype(np.uint8)
     return Image.fromarray(values.repeat(scale, axis=0).repeat(scale, axis=1))
+
+
+def _sheet(pipe: DiffusionPipeline, images: torch.Tensor, columns: int) -> Image.Image:
+    """Images (n, 3, H, W) in [-1, 1], row by row."""
+    pixels = pipe.image_processor.postprocess(images, output_type="np")
+    height, width = pixels.shape[1:3]
+    rows = len(pixels) // columns
+    sheet = np.ones((rows * (height + GAP) - GAP, columns * (width + GAP) - GAP, 3), np.float32)
+    for index, values in enumerate(pixels):
+        top, left = index // columns * (height + GAP), index % columns * (width + GAP)
+        sheet[top : top + height, left : left + width] = values
+    return _picture(sheet)
 
 
 def _maps(codes: torch.Tensor) -> Image.Image:

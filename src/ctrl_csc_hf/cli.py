@@ -195,17 +195,19 @@ def demo(
     model: Annotated[str, typer.Option(help="A folder that train.py wrote, or a Hub repository.")],
     port: Annotated[int, typer.Option(help="Of the page, on this machine.")] = 7860,
 ) -> None:
-    """Starts the page of the Space spaces/ctrl-csc on a model: reconstructions, codes, interpolation."""
+    """Starts the page of the Space spaces/ctrl-csc on a model: what is inside it, and what it makes of images."""
     loaded, processor = _load_model(model, "--model"), _load_image_processor(model)
     try:
         build = runpy.run_path(str(SPACE / "app.py"))["build"]
         from .pipeline_ctrl_csc import CtrlCscPipeline
+        from .sampling import LatentSampler
     except ModuleNotFoundError as error:
         _stop(f"the demo needs {error.name}: pip install ctrl-csc-hf[demo]")
 
     folder = _folder(model)
     examples = sorted(str(path) for path in folder.glob("examples/*.png"))
-    page = build(CtrlCscPipeline(loaded, processor), examples)
+    sampler = LatentSampler.from_pretrained(folder / hub.SAMPLER) if (folder / hub.SAMPLER).is_dir() else None
+    page = build(CtrlCscPipeline(loaded, processor, sampler), examples)
     try:
         page.launch(server_name="127.0.0.1", server_port=port, max_file_size="10mb", allowed_paths=[str(folder)])
     except OSError as error:
