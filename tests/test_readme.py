@@ -12,9 +12,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.commands.launch import launch_command_parser
 from conftest import load_script
+from demo import write_digits
 from hub_server import HubServer
 from PIL import Image
 from transformers import HfArgumentParser
@@ -22,6 +24,7 @@ from typer.main import get_command
 
 from ctrl_csc_hf import CtrlCscConfig, CtrlCscImageProcessor, CtrlCscModel
 from ctrl_csc_hf.cli import app
+from ctrl_csc_hf.sampling import LatentSampler
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -31,12 +34,15 @@ COMMANDS = [line for block in re.findall(r"```bash\n(.*?)```", README, re.DOTALL
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """What README's blocks find: the demo's model folder with its examples, and another."""
+    """What README's blocks find: the demo's data, its model folder with examples and sampler, and another model."""
     config = CtrlCscConfig(latent_dim=16, stage_channels=[8, 16, 16])
     for name in ("demo/model", "cifar10-energy"):
         CtrlCscModel(config).save_pretrained(tmp_path / name)
         CtrlCscImageProcessor(image_size=32).save_pretrained(tmp_path / name)
     (tmp_path / "demo" / "model" / "examples").mkdir()
+    sampler = LatentSampler(torch.full((10,), 0.1), torch.eye(16)[:10], [torch.ones(1, 16)] * 10, torch.arange(10))
+    sampler.save_pretrained(tmp_path / "demo" / "model" / "sampler")
+    write_digits(tmp_path / "demo" / "data")
     for index, pixels in enumerate(np.random.default_rng(0).integers(0, 256, (4, 40, 60, 3), dtype=np.uint8)):
         Image.fromarray(pixels).save(tmp_path / "demo" / "model" / "examples" / f"{index}.png")
     return tmp_path
@@ -66,6 +72,20 @@ def test_reconstruct_command_runs(folder: Path) -> None:
     (command,) = (command for command in COMMANDS if command.startswith("ctrl-csc reconstruct"))
     run(shlex.split(command), folder)
     assert (folder / "reconstruction.png").exists()
+
+
+def test_inspect_command_writes_pictures_and_the_page(folder: Path) -> None:
+    (command,) = (command for command in COMMANDS if command.startswith("ctrl-csc inspect"))
+    run([*shlex.split(command), "--num_images=20"], folder)
+    assert (folder / "report.html").exists() and (folder / "inspection" / "atoms_1.png").exists()
+
+
+def test_fit_sampler_command_fits_a_component_for_each_digit(folder: Path) -> None:
+    (command,) = (command for command in COMMANDS if command.startswith("ctrl-csc fit-sampler"))
+    run([*shlex.split(command), "--num_images=100"], folder)
+    sampler = LatentSampler.from_pretrained(folder / "demo" / "model" / "sampler")
+    assert sampler.labels is not None and sampler.labels.tolist() == list(range(10))
+    assert not torch.equal(sampler.means, torch.eye(16)[:10])
 
 
 def test_publish_commands_write_and_upload_the_same(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -144,6 +164,8 @@ def test_no_command_is_left_out() -> None:
         "make demo",
         "make test",
         "ctrl-csc reconstruct",
+        "ctrl-csc inspect",
+        "ctrl-csc fit-sampler",
         "ctrl-csc publish",
         "ctrl-csc demo",
         "accelerate launch training/train.py",
