@@ -65,7 +65,7 @@ def build(pipe: DiffusionPipeline, examples: list[str]) -> gr.Blocks:
             figures = gr.Markdown(elem_id="inside_figures")
             if examples:
                 gr.Examples(examples, image)
-            _on([image.change, stage.change], does(look_inside), [image, stage], [inside, figures])
+            gr.on([image.change, stage.change], does(look_inside), [image, stage], [inside, figures])  # takes seconds
         with gr.Tab("Remove noise"):
             with gr.Row():
                 image = _given("Your image", "clean")
@@ -107,7 +107,7 @@ def build(pipe: DiffusionPipeline, examples: list[str]) -> gr.Blocks:
             with gr.Tab("Draw new images"):
                 samples = _shown("Decoded from latents that the sampler drew", "samples", 440)
                 classes = [] if pipe.sampler.labels is None else sorted(set(pipe.sampler.labels.tolist()))
-                label = gr.Radio([ANY, *map(str, classes)], value=ANY, label="Class", visible=bool(classes))
+                label = gr.Dropdown([ANY, *map(str, classes)], value=ANY, label="Class", visible=bool(classes))
                 seed = gr.Number(0, label="Seed", precision=0, elem_id="sample_seed")
                 _on([page.load, label.change, seed.change], does(sample), [label, seed], samples)
     return page
