@@ -16,7 +16,7 @@ in nats, of unit vectors, so they are left out where latents are none. "unseen" 
 import json
 from collections.abc import Iterator
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -277,7 +277,10 @@ def write_metrics(path: Path, settings: EvaluationSettings, results: dict[str, d
     """Adds to what train.py wrote there, if it did: the card's figures, and all figures of all rivals."""
     metrics = json.loads(path.read_text()) if path.exists() else {}
     metrics |= {entry: results[MODEL][key] for entry, key in CARD_FIGURES.items() if key in results[MODEL]}
-    metrics |= {"held_out_images": count, "evaluation": {"settings": asdict(settings), "results": results}}
+    numbers = {
+        name: getattr(settings, name) for name in ("num_frechet_images", "num_probe_images", "num_unseen_images")
+    }
+    metrics |= {"held_out_images": count, "evaluation": numbers | {"results": results}}  # and no name of a local folder
     path.write_text(json.dumps(metrics, indent=2) + "\n")
 
 

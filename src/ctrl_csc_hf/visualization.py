@@ -128,7 +128,7 @@ def training_curves(records: Sequence[Mapping[str, float]]) -> "Figure":
             axes.legend(frameon=False)
         if unit.startswith("share"):
             axes.yaxis.set_major_formatter(PercentFormatter(1.0))
-            axes.set_ylim(0, 1)
+            axes.set_ylim(0, 1.04)  # 1 is not hidden by the frame
     return figure
 
 
