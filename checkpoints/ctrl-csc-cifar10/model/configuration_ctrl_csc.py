@@ -1,0 +1,147 @@
+"""Configuration of a CTRL-CSC model: the shape of its stages, and what the paper leaves open."""
+
+from typing import Any
+
+from huggingface_hub.dataclasses import strict
+from huggingface_hub.errors import StrictDataclassError
+from transformers import PreTrainedConfig
+
+GRADIENTS = ("unrolled", "implicit")
+DECODER_NORMALIZATIONS = ("batch_norm", "inverse")
+
+
+@strict
+class _StrictCtrlCscConfig(PreTrainedConfig):
+    model_type = "ctrl_csc"
+
+    image_size: int = 32
+    num_channels: int = 3
+    latent_dim: int = 128
+    stage_channels: list[int] | tuple[int, ...] = (64, 128, 256)
+    kernel_sizes: list[int] | tuple[int, ...] = (4, 4, 4, 4)
+    strides: list[int] | tuple[int, ...] = (2, 2, 2, 1)
+    paddings: list[int] | tuple[int, ...] = (1, 1, 1, 0)
+    sparsity: float | int = 0.1
+    ridge: float | int = 0.0
+    num_iterations: int = 2
+    gradient: str = "unrolled"
+    denoising_sparsity: list[list[float | int]] | None = None
+    share_dictionaries: bool = False
+    decoder_normalization: str = "batch_norm"
+    decoder_affine: bool = True
+    tie_word_embeddings: bool = True
+
+
+class CtrlCscConfig(_StrictCtrlCscConfig):
+    r"""Configuration of `CtrlCscModel`, `CtrlCscEncoder` and `CtrlCscDecoder`.
+
+    Args:
+        image_size (`int`): side of the square images, in pixels. The strides must bring it to 1x1 at the last stage.
+        num_channels (`int`): channels of the images.
+        latent_dim (`int`): d, the length of the unit vector that stands for an image.
+        stage_channels (`list[int]`): number of atoms of every sparse-coding stage, from pixels inwards. One last
+            stage, linear and with `latent_dim` atoms, follows them.
+        kernel_sizes, strides, paddings (`list[int]`): of every stage, the last one included, so one entry more
+            than `stage_channels`.
+        sparsity (`float`): lambda, the weight of |z|_1 in every sparse-coding stage.
+        ridge (`float`): mu, the weight of |z|^2 / 2.
+        num_iterations (`int`): FISTA steps of every sparse-coding stage.
+        gradient (`str`): of the codes. "unrolled", through the steps of FISTA, or "implicit", of the minimiser that
+            they approach: memory that does not grow with their number. It needs a ridge and enough iterations.
+        denoising_sparsity (`list[list[float]]`, *optional*): pairs [noise_std, lambda], noise levels rising: the lambda
+            that `CtrlCscPipeline.denoise` codes with at each level; its `calibrate_denoising` finds them. They change
+            nothing else.
+        share_dictionaries (`bool`): whether encoder and decoder use the same dictionaries.
+        decoder_normalization (`str`): "batch_norm", batch norms of the decoder's own, or "inverse", the exact
+            inverse of the encoder's.
+        decoder_affine (`bool`): whether the decoder learns a scale and a bias per channel, before its tanh.
+
+    Raises:
+        ValueError: for a wrong value or combination; the message names field, value and what is allowed.
+
+    ```python
+    >>> from ctrl_csc_hf import CtrlCscConfig, CtrlCscModel
+
+    >>> model = CtrlCscModel(CtrlCscConfig(image_size=32, latent_dim=128))
+    ```
+    """
+
+    def __init__(self, **kwargs: Any) -> None:
+        try:
+            super().__init__(**kwargs)
+        except StrictDataclassError as error:  # a wrong type; as a rule it is no ValueError
+            raise ValueError(str(error)) from error
+        self._check()
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        # transformers would only warn, and fill in defaults.
+        model_type = config_dict.get("model_type")
+        _require(model_type in (None, cls.model_type), "model_type", model_type, f"{cls.model_type!r}")
+        return super().from_dict(config_dict, **kwargs)
+
+    @property
+    def signal_sizes(self) -> list[int]:
+        """Side of every stage's input, from `image_size` on, and 1, the side of the last stage's output."""
+        sizes = [self.image_size]
+        for kernel_size, stride, padding in zip(self.kernel_sizes, self.strides, self.paddings, strict=True):
+            sizes.append((sizes[-1] + 2 * padding - kernel_size) // stride + 1)
+        return sizes
+
+    @property
+    def stage_shapes(self) -> list[tuple[int, int, int, int, int]]:
+        """Of every stage, the last included: signal channels, code channels, kernel size, stride, padding."""
+        channels = [self.num_channels, *self.stage_channels, self.latent_dim]
+        return list(zip(channels, channels[1:], self.kernel_sizes, self.strides, self.paddings, strict=False))
+
+    def _check(self) -> None:
+        for field in ("image_size", "num_channels", "latent_dim", "num_iterations"):
+            _require(getattr(self, field) >= 1, field, getattr(self, field), "a positive integer")
+        for field in ("sparsity", "ridge"):
+            value = getattr(self, field)
+            _require(0 <= value < float("inf"), field, value, "a finite number of at least 0")
+        _require(self.gradient in GRADIENTS, "gradient", self.gradient, f"one of {GRADIENTS}")
+        _require(self.gradient == "unrolled" or self.ridge > 0, "ridge", self.ridge, "above 0 for gradient='implicit'")
+        if self.denoising_sparsity is not None:
+            pairs = self.denoising_sparsity
+            finite = [len(pair) == 2 and 0 < pair[0] < float("inf") and 0 <= pair[1] < float("inf") for pair in pairs]
+            levels = [pair[0] for pair in pairs if len(pair) > 0]
+            _require(
+                len(pairs) > 0 and all(finite) and levels == sorted(set(levels)),
+                "denoising_sparsity",
+                pairs,
+                "None or a list of pairs [noise_std > 0, lambda >= 0] of finite numbers, noise_std rising",
+            )
+        for field in ("stage_channels", "kernel_sizes", "strides"):
+            value = getattr(self, field)
+            _require(len(value) > 0 and min(value) >= 1, field, value, "a list of positive integers")
+        for field in ("kernel_sizes", "strides", "paddings"):
+            value, stages = getattr(self, field), len(self.stage_channels) + 1
+            _require(len(value) == stages, field, value, f"{stages} entries, one more than stage_channels")
+        for kernel_size, padding in zip(self.kernel_sizes, self.paddings, strict=True):
+            allowed = f"at least 0 and less than its kernel size (kernel_sizes={list(self.kernel_sizes)})"
+            _require(0 <= padding < kernel_size, "paddings", self.paddings, f"entries {allowed}")
+        sizes = self.signal_sizes
+        _require(
+            min(sizes) >= 1 and sizes[-1] == 1,
+            "strides",
+            self.strides,
+            f"strides that, with kernel_sizes={list(self.kernel_sizes)} and paddings={list(self.paddings)}, bring "
+            f"image_size={self.image_size} to 1x1 at the last stage; these give sides {sizes}",
+        )
+        _require(
+            self.decoder_normalization in DECODER_NORMALIZATIONS,
+            "decoder_normalization",
+            self.decoder_normalization,
+            f"one of {DECODER_NORMALIZATIONS}",
+        )
+        # transformers ties tensors only where this flag, made for language models, is set.
+        _require(self.tie_word_embeddings, "tie_word_embeddings", self.tie_word_embeddings, "True")
+
+
+def _require(condition: bool, field: str, value: object, allowed: str) -> None:
+    if not condition:
+        raise ValueError(f"{field}={value!r} is not allowed: it must be {allowed}")
+
+
+__all__ = ["CtrlCscConfig"]

@@ -1,0 +1,405 @@
+"""CTRL-CSC: an image as a multi-stage sparse deconvolution, and its encoder, multi-stage convolutional sparse coding.
+
+Dai et al., "Closed-Loop Transcription via Convolutional Sparse Coding", CPAL 2024 (arXiv 2302.09347).
+
+    image x -> encoder f -> latents z, unit vectors -> decoder g -> reconstruction xh (-> f -> zh)
+"""
+
+import importlib
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Self
+
+import torch
+import torch.nn.functional as F
+from safetensors import SafetensorError
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.utils import ModelOutput
+
+from .batch_norm import BatchNorm
+from .configuration_ctrl_csc import CtrlCscConfig
+from .sparse_coding import ConvolutionalDictionary, ConvolutionalSparseCoding
+
+LATENT_EPS = 1e-6  # in z / sqrt(|z|^2 + eps)
+SMALLEST_GAMMA = 0.05  # of a batch norm that the decoder inverts
+# Of `from_pretrained`: where a file lies.
+HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "revision", "subfolder", "token")
+
+
+@dataclass
+class CtrlCscEncoderOutput(ModelOutput):
+    """
+    latents: (n, latent_dim), unit vectors.
+    codes: of every sparse-coding stage (n, stage_channels[l], h_l, w_l), non-negative; where asked for.
+    energy: (n,), the sparse-coding energies of all stages, the last with lambda = 0, summed and divided by the
+        image's pixels; where asked for.
+    """
+
+    latents: Tensor = None  # type: ignore[assignment]  # ModelOutput wants a default
+    codes: tuple[Tensor, ...] | None = None
+    energy: Tensor | None = None
+
+
+@dataclass
+class CtrlCscDecoderOutput(ModelOutput):
+    """
+    reconstruction: (n, num_channels, image_size, image_size), pixels in [-1, 1].
+    """
+
+    reconstruction: Tensor = None  # type: ignore[assignment]
+
+
+@dataclass
+class CtrlCscModelOutput(ModelOutput):
+    """
+    reconstruction: xh (n, num_channels, image_size, image_size), pixels in [-1, 1].
+    latents: z (n, latent_dim), unit vectors.
+    reconstructed_latents: zh = f(xh), (n, latent_dim); where asked for, at the cost of a second encoding.
+    codes: of every sparse-coding stage (n, stage_channels[l], h_l, w_l), non-negative; where asked for.
+    """
+
+    reconstruction: Tensor = None  # type: ignore[assignment]
+    latents: Tensor = None  # type: ignore[assignment]
+    reconstructed_latents: Tensor | None = None
+    codes: tuple[Tensor, ...] | None = None
+
+
+class CtrlCscPreTrainedModel(PreTrainedModel):
+    config_class = CtrlCscConfig
+    main_input_name = "pixel_values"
+    input_modalities = ("image",)
+    supports_gradient_checkpointing = True
+    # Stages are used through their methods, which offloading hooks do not see, so a half is never split.
+    _no_split_modules = ["CtrlCscEncoder", "CtrlCscDecoder"]
+    stages: Any  # of each half: ConvolutionalSparseCoding or ConvolutionalDictionary, from pixels inwards
+    norms: Any  # BatchNorm of each stage
+    last_stage: Any  # ConvolutionalDictionary
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
+        if kwargs.get("use_safetensors") is None:  # as diffusers leaves it
+            kwargs["use_safetensors"] = True  # pickled weights could run code
+        try:
+            loaded = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+        except SafetensorError as error:
+            raise OSError(
+                f"the weights of {pretrained_model_name_or_path} are damaged, model.safetensors must be whole: {error}"
+            ) from error
+        model = loaded[0] if isinstance(loaded, tuple) else loaded
+        # What this package saves has unit atoms, and stays as it is; weights from elsewhere are made to fit.
+        on_device = [d for d in model.dictionaries() if d.dictionary.device.type != "meta"]
+        if not all(dictionary.has_unit_atoms() for dictionary in on_device):
+            model.project_parameters()
+        return loaded
+
+    def dictionaries(self) -> Iterator[ConvolutionalDictionary]:
+        return (module for module in self.modules() if isinstance(module, ConvolutionalDictionary))
+
+    @torch.no_grad()
+    def project_parameters(self) -> None:
+        """Back to what the model requires of its parameters: unit atoms, operator norms that belong to them, and
+        batch norms that the decoder can invert. Call it after each optimiser step and each average of weights.
+        """
+        for dictionary in self.dictionaries():
+            dictionary.normalize_atoms()
+            if isinstance(dictionary, ConvolutionalSparseCoding):
+                dictionary.update_operator_norm()
+        if self.config.decoder_normalization == "inverse":
+            for module in self.modules():
+                if isinstance(module, BatchNorm):
+                    module.weight.clamp_(min=SMALLEST_GAMMA)
+
+    def share_statistics(self, sum_over_processes: Callable[[Tensor], Tensor] | None) -> None:
+        """Makes every batch, in training, a part of one that lies on several processes; None ends it.
+
+        Args:
+            sum_over_processes: adds a tensor up over the processes, in place, and returns it.
+        """
+        for module in self.modules():
+            if isinstance(module, BatchNorm | CtrlCscEncoder):
+                module.sum_over_processes = sum_over_processes
+
+    def _init_weights(self, module: nn.Module) -> None:
+        if isinstance(module, ConvolutionalDictionary | BatchNorm):
+            module.reset_parameters()
+            if isinstance(module, ConvolutionalSparseCoding) and not _is_loaded(module.operator_norm):
+                module.update_operator_norm(module.signal_size, warm=False)
+        elif isinstance(module, CtrlCscDecoder):
+            nn.init.ones_(module.output_scale)
+            nn.init.zeros_(module.output_bias)
+            nn.init.ones_(module.latent_norm)
+        elif isinstance(module, CtrlCscEncoder):
+            nn.init.ones_(module.latent_norm)
+        else:
+            super()._init_weights(module)
+
+    def _run_stage(self, stage: Callable[[Tensor, bool], Any], signal: Tensor, update_statistics: bool) -> Any:
+        """stage(signal, update_statistics), by gradient checkpointing where that is on."""
+        if not (self.gradient_checkpointing and self.training):
+            return stage(signal, update_statistics)
+        updates = iter([update_statistics])  # the second run, in the backward pass, finds none left
+        return self._gradient_checkpointing_func(lambda inputs: stage(inputs, next(updates, False)), signal)
+
+
+def _is_loaded(tensor: Tensor) -> bool:
+    """Whether the tensor came from a checkpoint: transformers also initialises modules that did, and flags these."""
+    return getattr(tensor, "_is_hf_initialized", False)
+
+
+def _encode_stage(
+    stage: ConvolutionalSparseCoding,
+    norm: BatchNorm,
+    statistics: tuple[Tensor, Tensor] | None,
+    signal: Tensor,
+    update_statistics: bool,
+) -> tuple[Tensor, Tensor]:
+    codes = stage.encode(signal)
+    return codes, norm(codes, update_statistics, statistics)
+
+
+def _decode_stage(
+    stage: ConvolutionalDictionary, norm: BatchNorm, size: int, inverse: bool, signal: Tensor, update_statistics: bool
+) -> Tensor:
+    codes = F.relu(norm.inverse(signal) if inverse else norm(signal, update_statistics))
+    return stage.synthesize(codes, (size, size))
+
+
+class CtrlCscEncoder(CtrlCscPreTrainedModel):
+    """f: stages of [sparse coding, batch norm], then a linear stage to one vector, scaled to unit length.
+
+    The last stage is the adjoint alone, and signed: a non-negative one would confine the latents to one orthant.
+    """
+
+    base_model_prefix = "encoder"
+    latent_norm_momentum = 0.1  # as the batch norms'
+    sum_over_processes: Callable[[Tensor], Tensor] | None = None  # as the batch norms'
+    _keys_to_ignore_on_load_unexpected = [r"^decoder\."]
+
+    def __init__(self, config: CtrlCscConfig) -> None:
+        super().__init__(config)
+        self.gradient_checkpointing = False
+        stages = [
+            ConvolutionalSparseCoding(
+                *shape,
+                sparsity=config.sparsity,
+                ridge=config.ridge,
+                num_iterations=config.num_iterations,
+                gradient=config.gradient,
+            )
+            for shape in config.stage_shapes[:-1]
+        ]
+        for stage, size in zip(stages, config.signal_sizes, strict=False):
+            stage.update_operator_norm((size, size))
+        self.stages = nn.ModuleList(stages)
+        self.norms = nn.ModuleList(BatchNorm(width) for width in config.stage_channels)
+        self.last_stage = ConvolutionalDictionary(*config.stage_shapes[-1])
+        self.register_buffer("latent_norm", torch.ones(()))
+        self.post_init()
+
+    def forward(
+        self,
+        pixel_values: Tensor,
+        output_codes: bool = False,
+        output_energy: bool = False,
+        update_statistics: bool = True,
+        reuse_statistics: bool = False,
+    ) -> CtrlCscEncoderOutput:
+        """
+        Args:
+            pixel_values: (n, num_channels, image_size, image_size), in [-1, 1].
+            output_codes: whether to return the codes of every sparse-coding stage.
+            output_energy: whether to return the stages' sparse-coding energy.
+            update_statistics: in training, whether this batch counts in the running statistics of the batch
+                norms. Reconstructed images must not.
+            reuse_statistics: in training, whether to normalise by the statistics of the batch before, as constants,
+                instead of by those of this one: then f is the same map for both.
+
+        Raises:
+            ValueError: if the images do not have the size and channels of the configuration.
+        """
+        expected = (self.config.num_channels, self.config.image_size, self.config.image_size)
+        if pixel_values.ndim != 4 or pixel_values.shape[1:] != expected:
+            raise ValueError(
+                f"pixel_values must have shape (n, {', '.join(map(str, expected))}), got {tuple(pixel_values.shape)}"
+            )
+        signal = pixel_values.to(self.dtype)
+        all_codes: tuple[Tensor, ...] = ()
+        energy = signal.new_zeros(len(signal))
+        for stage, norm in zip(self.stages, self.norms, strict=True):
+            statistics = norm.batch_statistics if reuse_statistics and self.training else None
+            run = partial(_encode_stage, stage, norm, statistics)
+            codes, next_signal = self._run_stage(run, signal, update_statistics)
+            if output_codes:
+                all_codes += (codes,)
+            if output_energy:
+                energy = energy + stage.energy(signal, codes)
+            signal = next_signal
+        vector = self.last_stage.adjoint(signal)
+        if output_energy:
+            synthesis = self.last_stage.synthesize(vector, signal.shape[-2:])
+            energy = energy + (signal - synthesis).square().flatten(1).sum(dim=1) / 2
+        latents = vector.flatten(1)
+        length = (latents.square().sum(dim=1, keepdim=True) + LATENT_EPS).sqrt()
+        if self.training and update_statistics:
+            lengths = length.detach().to(self.latent_norm.dtype)
+            sums = torch.stack([lengths.sum(), lengths.new_tensor(len(lengths))])
+            if self.sum_over_processes is not None:
+                sums = self.sum_over_processes(sums)
+            self.latent_norm.lerp_(sums[0] / sums[1], self.latent_norm_momentum)
+        return CtrlCscEncoderOutput(
+            latents=latents / length,
+            codes=all_codes if output_codes else None,
+            energy=energy / self.config.image_size**2 if output_energy else None,
+        )
+
+
+class CtrlCscDecoder(CtrlCscPreTrainedModel):
+    """g, the multi-stage sparse deconvolution: f's stages backwards, as synthesis, normalisation and relu.
+
+    Without relu and normalisation it would be linear; relu, because codes are non-negative. `stages[l]` and
+    `norms[l]` belong to the encoder's of the same index.
+    """
+
+    base_model_prefix = "decoder"
+    main_input_name = "latents"
+    _keys_to_ignore_on_load_unexpected = [r"^encoder\."]
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
+        config = kwargs.get("config")
+        if not isinstance(config, CtrlCscConfig):
+            where = {name: kwargs[name] for name in HUB_ARGUMENTS if name in kwargs}
+            config = CtrlCscConfig.from_pretrained(config or pretrained_model_name_or_path, **where)
+        # A whole model's checkpoint holds what its halves share once, under the encoder's name.
+        kwargs["key_mapping"] = {rf"^encoder\.({pattern})$": r"\1" for pattern in _shared_tensors(config)}
+        loaded = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+        model = loaded[0] if isinstance(loaded, tuple) else loaded
+        model._weight_conversions = []  # transformers would undo the mapping when this half is saved alone
+        return loaded
+
+    def __init__(self, config: CtrlCscConfig) -> None:
+        super().__init__(config)
+        self.gradient_checkpointing = False
+        self.stages = nn.ModuleList(ConvolutionalDictionary(*shape) for shape in config.stage_shapes[:-1])
+        self.norms = nn.ModuleList(BatchNorm(width) for width in config.stage_channels)
+        self.last_stage = ConvolutionalDictionary(*config.stage_shapes[-1])
+        self.register_buffer("latent_norm", torch.ones(()))
+        self.output_scale = nn.Parameter(torch.ones(config.num_channels), requires_grad=config.decoder_affine)
+        self.output_bias = nn.Parameter(torch.zeros(config.num_channels), requires_grad=config.decoder_affine)
+        self.post_init()
+
+    def forward(self, latents: Tensor, update_statistics: bool = True) -> CtrlCscDecoderOutput:
+        """
+        Args:
+            latents: (n, latent_dim), unit vectors.
+            update_statistics: in training, whether this batch counts in the running statistics.
+
+        Raises:
+            ValueError: if the latents do not have `latent_dim` entries.
+        """
+        if latents.ndim != 2 or latents.shape[1] != self.config.latent_dim:
+            raise ValueError(f"latents must have shape (n, {self.config.latent_dim}), got {tuple(latents.shape)}")
+        *sizes, _ = self.config.signal_sizes
+        inverse = self.config.decoder_normalization == "inverse"
+        signal = latents.to(self.dtype)[:, :, None, None]
+        if inverse:
+            signal = signal * self.latent_norm.clone()  # the encoder may update it before the backward pass
+        signal = self.last_stage.synthesize(signal, (sizes[-1], sizes[-1]))
+        for stage, norm, size in reversed(list(zip(self.stages, self.norms, sizes, strict=False))):
+            signal = self._run_stage(partial(_decode_stage, stage, norm, size, inverse), signal, update_statistics)
+        pixels = signal * self.output_scale[:, None, None] + self.output_bias[:, None, None]
+        return CtrlCscDecoderOutput(reconstruction=torch.tanh(pixels))
+
+
+class CtrlCscModel(CtrlCscPreTrainedModel):
+    """The closed loop x -> z = f(x) -> xh = g(z) (-> zh = f(xh)): encoder and decoder, which may share dictionaries."""
+
+    def __init__(self, config: CtrlCscConfig) -> None:
+        super().__init__(config)
+        self.encoder = CtrlCscEncoder(config)
+        self.decoder = CtrlCscDecoder(config)
+        shared = [re.compile(pattern) for pattern in _shared_tensors(config)]
+        names = [name for name in self.decoder.state_dict() if any(pattern.fullmatch(name) for pattern in shared)]
+        self._tied_weights_keys = {f"decoder.{name}": f"encoder.{name}" for name in names}
+        self.post_init()
+        # The halves overlook each other's tensors on loading; the whole must not.
+        self._keys_to_ignore_on_load_unexpected: set[str] = set()
+
+    def forward(
+        self, pixel_values: Tensor, output_reconstructed_latents: bool = False, output_codes: bool = False
+    ) -> CtrlCscModelOutput:
+        """
+        Args:
+            pixel_values: (n, num_channels, image_size, image_size), in [-1, 1].
+            output_reconstructed_latents: whether to encode the reconstruction again.
+            output_codes: whether to return the codes of every sparse-coding stage.
+
+        Raises:
+            ValueError: if the images do not have the size and channels of the configuration.
+        """
+        encoded = self.encode(pixel_values, output_codes=output_codes)
+        reconstruction = self.decode(encoded.latents).reconstruction
+        reconstructed_latents = None
+        if output_reconstructed_latents:
+            reconstructed_latents = self.encoder(reconstruction, update_statistics=False).latents
+        return CtrlCscModelOutput(
+            reconstruction=reconstruction,
+            latents=encoded.latents,
+            reconstructed_latents=reconstructed_latents,
+            codes=encoded.codes,
+        )
+
+    def encode(self, pixel_values: Tensor, output_codes: bool = False) -> CtrlCscEncoderOutput:
+        """Images (n, num_channels, image_size, image_size) in [-1, 1] -> latents (n, latent_dim); see the encoder."""
+        return self.encoder(pixel_values, output_codes=output_codes)
+
+    def decode(self, latents: Tensor) -> CtrlCscDecoderOutput:
+        """Latents (n, latent_dim) -> reconstruction (n, num_channels, image_size, image_size) in [-1, 1]."""
+        return self.decoder(latents)
+
+    def export(self, folder: str, **keywords: Any) -> None:
+        """Writes the folder of a Hub repository, as `ctrl_csc_hf.hub.export` says; that package must be installed.
+
+        Args:
+            folder: where to.
+            keywords: that function's, such as `repo_id`, which the card tells.
+        """
+        # Not an import statement: this file also runs from a repository, where all that it imports must be.
+        importlib.import_module("ctrl_csc_hf.hub").export(self, folder, **keywords)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """Moves or casts, and ties again: torch keeps a shared parameter shared, but not a shared buffer."""
+        super()._apply(fn, recurse)
+        self.tie_weights()
+        return self
+
+    def get_parameter(self, target: str) -> Tensor:
+        """Also finds buffers: transformers looks here for what it ties, and an inverted batch norm ties some."""
+        try:
+            return super().get_parameter(target)
+        except AttributeError:
+            return self.get_buffer(target)
+
+
+def _shared_tensors(config: CtrlCscConfig) -> list[str]:
+    """Patterns of the names of the decoder's tensors that are the encoder's, which alone are saved."""
+    patterns: list[str] = []
+    if config.share_dictionaries:
+        patterns += [r"stages\.\d+\.dictionary", r"last_stage\.dictionary"]
+    if config.decoder_normalization == "inverse":
+        patterns += [r"norms\..+", "latent_norm"]
+    return patterns
+
+
+__all__ = [
+    "CtrlCscDecoder",
+    "CtrlCscDecoderOutput",
+    "CtrlCscEncoder",
+    "CtrlCscEncoderOutput",
+    "CtrlCscModel",
+    "CtrlCscModelOutput",
+    "CtrlCscPreTrainedModel",
+]

@@ -1,0 +1,170 @@
+"""Denoising and completion: what the loop makes of a damaged image, and a sparse code of what it leaves unexplained.
+
+Both rest on `explain`: an estimate of the image plus A(z), the sparse code z of the image's known pixels less the
+estimate, with the first stage's dictionary A and any lambda. This file also runs from a Hub repository.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+DENOISING_ITERATIONS = 32
+NOISE_LEVELS = (0.05, 0.1, 0.2, 0.3, 0.5)  # standard deviations, of pixels in [-1, 1]
+DEFAULT_RATIO = 3.0  # lambda / noise_std^2 before calibration
+RATIOS = (0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, 8.0)  # tried in calibration
+COMPLETION_ITERATIONS = 8
+COMPLETION_ROUNDS = 2
+
+
+def explain(
+    stage: Any,
+    image: Tensor,
+    estimate: Tensor,
+    *,
+    known: Tensor | None = None,
+    sparsity: float | None = None,
+    num_iterations: int,
+) -> Tensor:
+    """estimate + A(z), z = argmin_{z >= 0} lambda |z|_1 + mu/2 |z|^2 + 1/2 |M (image - estimate - A(z))|^2.
+
+    Args:
+        stage: a `ConvolutionalSparseCoding` of pixels.
+        image, estimate: (n, C, H, W).
+        known: M, bool (n, 1, H, W), of the pixels that count; by default all.
+        sparsity: lambda; by default the stage's.
+        num_iterations: steps of FISTA.
+    """
+    codes = stage.solve(image - estimate, known=known, sparsity=sparsity, num_iterations=num_iterations)
+    return estimate + stage.synthesize(codes, image.shape[-2:])
+
+
+def denoise(model: Any, noisy: Tensor, sparsity: float) -> Tensor:
+    """xh(y) + A(z), the loop's reconstruction of y and a sparse code of the rest.
+
+    Args:
+        model: a `CtrlCscModel`.
+        noisy: y (n, 3, image_size, image_size), pixels in [-1, 1] with noise.
+        sparsity: lambda. Towards 0 the result is y, as far as the dictionary reaches; from max A*(y - xh(y)) on it
+            is xh(y).
+    """
+    reconstruction = model(noisy).reconstruction
+    return explain(
+        model.encoder.stages[0], noisy, reconstruction, sparsity=sparsity, num_iterations=DENOISING_ITERATIONS
+    )
+
+
+def denoising_sparsity(config: Any, noise_std: float) -> float:
+    """The lambda that belongs to a noise level: lambda / noise_std^2 is interpolated between the calibrated levels.
+
+    The most probable code under Gaussian noise and a density ~ exp(-z / b) of codes has lambda = noise_std^2 / b.
+
+    Raises:
+        ValueError: for a `noise_std` that is not positive and finite.
+    """
+    if not 0 < noise_std < float("inf"):
+        raise ValueError(f"noise_std must be a finite number above 0, in units of pixels in [-1, 1], got {noise_std!r}")
+    if config.denoising_sparsity is None:
+        return DEFAULT_RATIO * noise_std**2
+    levels, sparsities = np.asarray(config.denoising_sparsity, dtype=np.float64).T
+    return float(np.interp(noise_std, levels, sparsities / levels**2) * noise_std**2)
+
+
+@torch.no_grad()
+def calibrate_denoising(model: Any, clean: Tensor, noise_std: Sequence[float]) -> list[list[float]]:
+    """Pairs [noise_std, lambda]: of `RATIOS` times noise_std^2 the lambda whose denoised images have the highest PSNR.
+
+    Args:
+        model: a `CtrlCscModel`.
+        clean: (n, 3, image_size, image_size), pixels in [-1, 1] without noise, of images it was not trained on.
+        noise_std: noise levels, rising. The noise is the same in each call.
+
+    Raises:
+        ValueError: for levels that are not positive, finite and rising.
+    """
+    levels = [float(level) for level in noise_std]
+    if not levels or levels != sorted(set(levels)) or not 0 < levels[0] <= levels[-1] < float("inf"):
+        raise ValueError(f"noise_std must be finite numbers above 0, rising, got {list(noise_std)}")
+    noise = torch.randn(clean.shape, generator=torch.Generator().manual_seed(0)).to(clean)
+    pairs = []
+    for level in levels:
+        noisy = (clean + level * noise).clamp(-1, 1)  # as images hold it
+        scores = {ratio * level**2: psnr(denoise(model, noisy, ratio * level**2), clean).mean() for ratio in RATIOS}
+        pairs.append([level, max(scores, key=lambda sparsity: float(scores[sparsity]))])
+    return pairs
+
+
+def psnr(images: Tensor, clean: Tensor, where: Tensor | None = None) -> Tensor:
+    """Peak signal-to-noise ratio of each image in dB, (n,), of pixels clipped to [-1, 1].
+
+    Args:
+        where: bool (n, 1, H, W), the pixels that count, at least one an image; by default all.
+    """
+    squares = ((images.float().clamp(-1, 1) - clean.float()) / 2).square()
+    weights = torch.ones_like(squares) if where is None else where.expand_as(squares).float()
+    return -10 * torch.log10((squares * weights).flatten(1).sum(dim=1) / weights.flatten(1).sum(dim=1))
+
+
+def inpaint(model: Any, image: Tensor, missing: Tensor) -> Tensor:
+    """The loop's reconstruction xh of the completed image, (n, 3, image_size, image_size).
+
+    An estimate is explained from the known pixels and fills in the missing ones; what the loop makes of that is the
+    next estimate. The first is the known pixels' mean. Nothing missing gives the plain reconstruction.
+
+    Args:
+        model: a `CtrlCscModel`.
+        image: (n, 3, image_size, image_size), pixels in [-1, 1], of any value where missing.
+        missing: bool (n, 1, image_size, image_size), not all of an image.
+    """
+    known = ~missing
+    estimate = image.where(known, 0).sum(dim=(2, 3), keepdim=True) / known.sum(dim=(2, 3), keepdim=True)
+    estimate = estimate.expand_as(image)
+    for _ in range(COMPLETION_ROUNDS):
+        explained = explain(model.encoder.stages[0], image, estimate, known=known, num_iterations=COMPLETION_ITERATIONS)
+        estimate = model(explained.where(missing, image)).reconstruction
+    return estimate
+
+
+def missing_pixels(mask: Any, image: Tensor) -> Tensor:
+    """Masks of any form, see `CtrlCscPipeline.inpaint`, as one of the images (n, 3, H, W): bool (n, 1, H, W).
+
+    Raises:
+        ValueError: for another size, number or content, and for an image of which nothing is known.
+        TypeError: for what is no mask.
+    """
+    size, count = tuple(image.shape[-2:]), len(image)
+    masks = [_to_masks(item, size) for item in (mask if isinstance(mask, list | tuple) else [mask])]
+    missing = torch.from_numpy(np.concatenate([np.empty((0, *size), dtype=bool), *masks]))[:, None]
+    if len(missing) not in (1, count):
+        raise ValueError(f"mask must be one for all images or one for each of {count}, got {len(missing)}")
+    if (everything := missing.all(dim=(2, 3))[:, 0]).any():
+        index = int(everything.nonzero()[0])
+        raise ValueError(f"mask must leave at least one pixel known, but mask {index} marks all as missing")
+    return missing.expand(count, 1, *size)
+
+
+def _to_masks(mask: Any, size: tuple[int, ...]) -> np.ndarray:
+    """(k, H, W), bool."""
+    if isinstance(mask, Image.Image):
+        white = 255
+        mask = np.asarray(mask.convert("L"))
+    elif isinstance(mask, np.ndarray | Tensor):
+        white = 1
+        mask = np.asarray(mask.float().cpu() if isinstance(mask, Tensor) else mask)
+    else:
+        raise TypeError(
+            f"mask must be a PIL image, a numpy array, a tensor or a list of these, got {type(mask).__name__}"
+        )
+    if mask.shape[-2:] != size or mask.ndim > 4 or (mask.ndim == 4 and mask.shape[1] != 1):
+        height, width = size
+        raise ValueError(
+            f"mask must have the size that the model sees, ({height}, {width}), (n, {height}, {width}) or "
+            f"(n, 1, {height}, {width}), got {mask.shape}"
+        )
+    if not np.isin(mask, (0, white)).all():
+        allowed = "black and white" if white == 255 else "bool or hold 0 and 1 alone"
+        raise ValueError(f"mask must be {allowed}, got values in [{mask.min()}, {mask.max()}]")
+    return mask.reshape(-1, *size) == white

@@ -1,0 +1,62 @@
+"""checkpoints/ctrl-csc-cifar10, the Hub folder in this repository."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from transformers import AutoModel
+
+from ctrl_csc_hf import CtrlCscImageProcessor, CtrlCscPipeline
+from ctrl_csc_hf.hub import export
+from ctrl_csc_hf.metrics import peak_signal_to_noise_ratio
+from ctrl_csc_hf.sampling import LatentSampler
+
+CHECKPOINT = Path(__file__).parents[1] / "checkpoints" / "ctrl-csc-cifar10"
+
+
+def test_code_and_card_in_it_are_what_export_writes_today(tmp_path: Path) -> None:
+    model = AutoModel.from_pretrained(CHECKPOINT)
+    written = export(model, tmp_path / "out", repo_id="ORGANIZATION/ctrl-csc-cifar10", checkpoint=CHECKPOINT, half=True)
+    names = sorted(str(path.relative_to(written)) for path in written.rglob("*") if path.is_file())
+    assert names == sorted(str(path.relative_to(CHECKPOINT)) for path in CHECKPOINT.rglob("*") if path.is_file())
+    for name in names:
+        if name.endswith((".py", ".md", ".json")) and name != "config.json":  # which names transformers' version
+            assert (written / name).read_text() == (CHECKPOINT / name).read_text(), name
+
+
+def test_it_is_below_25_megabytes() -> None:
+    assert sum(path.stat().st_size for path in CHECKPOINT.rglob("*") if path.is_file()) < 25e6
+
+
+def test_its_card_holds_the_figures_of_its_metrics() -> None:
+    card, metrics = (CHECKPOINT / "README.md").read_text(), json.loads((CHECKPOINT / "metrics.json").read_text())
+    assert f"| PSNR, mean over images, dB | {metrics['held_out_psnr']:.2f} |" in card
+    assert f"On {metrics['held_out_images']} held-out images of uoft-cs/cifar10 (test), by training/evaluate.py" in card
+
+
+def test_it_reconstructs_denoises_completes_and_samples() -> None:
+    model = AutoModel.from_pretrained(CHECKPOINT).eval()
+    pipe = CtrlCscPipeline(
+        model, CtrlCscImageProcessor.from_pretrained(CHECKPOINT), LatentSampler.from_pretrained(CHECKPOINT / "sampler")
+    )
+    examples = [str(path) for path in sorted(CHECKPOINT.glob("examples/*.png"))]
+    images = [Image.open(path) for path in examples]
+    assert pipe.sample(2, label=0, generator=torch.Generator().manual_seed(0))[0].size == (32, 32)
+    assert len(pipe.denoise(images, noise_std=0.1)) == len(images)
+    mask = torch.zeros(32, 32)
+    for plain, completed in zip(pipe(images).images, pipe.inpaint(images, mask), strict=True):
+        assert plain.tobytes() == completed.tobytes()
+
+
+def test_its_figures_come_out_again(cifar10: str) -> None:
+    from data import ImageSource, load_images, take_images
+
+    source = ImageSource(dataset_name=cifar10, split="test", streaming=True, label_column=None)
+    images = take_images(load_images(source), 500, image_column="image", image_size=32)
+    with torch.inference_mode():
+        reconstructions = AutoModel.from_pretrained(CHECKPOINT).eval()(images).reconstruction
+    psnr = peak_signal_to_noise_ratio(images, reconstructions).mean().item()
+    metrics = json.loads((CHECKPOINT / "metrics.json").read_text())
+    assert psnr == pytest.approx(metrics["held_out_psnr"], abs=0.3)  # of 500 of its 10,000 images
