@@ -31,7 +31,7 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
 
 def test_the_demo_writes_its_pictures_and_says_where(demo: tuple[Path, str]) -> None:
     folder, printed = demo
-    for name in ("reconstructions.png", "training_curve.png"):
+    for name in ("reconstructions.png", "training_curve.png", "photographs.png"):
         assert str(folder / name) in printed
         assert min(Image.open(folder / name).size) > 200
     assert str(folder / "model") in printed

@@ -39,6 +39,7 @@ def folder(tmp_path: Path) -> Path:
     for name in ("demo/model", "cifar10-energy"):
         CtrlCscModel(config).save_pretrained(tmp_path / name)
         CtrlCscImageProcessor(image_size=32).save_pretrained(tmp_path / name)
+    (tmp_path / "checkpoints").symlink_to(ROOT / "checkpoints")
     (tmp_path / "demo" / "model" / "examples").mkdir()
     sampler = LatentSampler(torch.full((10,), 0.1), torch.eye(16)[:10], [torch.ones(1, 16)] * 10, torch.arange(10))
     sampler.save_pretrained(tmp_path / "demo" / "model" / "sampler")

@@ -20,13 +20,13 @@ from sklearn.datasets import load_digits
 from torch import Tensor
 from train import main as train
 
-from ctrl_csc_hf import CtrlCscModel
+from ctrl_csc_hf import CtrlCscImageProcessor, CtrlCscModel
 from ctrl_csc_hf.metrics import FeatureMoments, frechet_distance, peak_signal_to_noise_ratio
 from ctrl_csc_hf.visualization import reconstruction_grid
 
 TRAINING_DIGITS = 1500  # the first of the 1,797; the last 297 are held out
 SHOWN = 40  # the first of those
-ENLARGEMENT = 8
+CHECKPOINT = Path(__file__).parents[1] / "checkpoints" / "ctrl-csc-cifar10"
 
 
 def write_digits(folder: Path) -> None:
@@ -79,7 +79,12 @@ def main() -> None:
     mean_image = read_digits(data, "train").mean(dim=0).expand_as(held_out)
     with torch.no_grad():
         reconstructions = model(held_out).reconstruction
-    save_pictures(folder, output_dir, held_out, reconstructions)
+        examples = [Image.open(path) for path in sorted(CHECKPOINT.glob("examples/*.png"))]
+        photographs = CtrlCscImageProcessor.from_pretrained(CHECKPOINT)(examples, return_tensors="pt").pixel_values
+        of_photographs = CtrlCscModel.from_pretrained(CHECKPOINT).eval()(photographs).reconstruction
+    save_enlarged(folder / "reconstructions.png", held_out, reconstructions, 8)
+    save_enlarged(folder / "photographs.png", photographs, of_photographs, 4)
+    shutil.copy(output_dir / "training_curve.png", folder)
 
     records = json.loads((output_dir / "history.json").read_text())
     before, *_, after = (record for record in records if "held_out_psnr" in record)
@@ -95,17 +100,16 @@ Fréchet distance, pixels                 {distance:5.1f}         {mean_distance
 
 {folder / "reconstructions.png"}: held-out digits above their reconstructions
 {folder / "training_curve.png"}: rates, match and PSNR over the steps
-{output_dir}: the checkpoint, for AutoModel.from_pretrained""")
+{output_dir}: the checkpoint, for AutoModel.from_pretrained
+{folder / "photographs.png"}: CIFAR-10 test images above what {CHECKPOINT.name} makes of them, trained before""")
 
 
-def save_pictures(folder: Path, output_dir: Path, originals: Tensor, reconstructions: Tensor) -> None:
-    """reconstructions.png and training_curve.png. Digits are enlarged smoothly: the eye reads blocks badly."""
+def save_enlarged(path: Path, originals: Tensor, reconstructions: Tensor, scale: int) -> None:
+    """Originals above reconstructions, enlarged smoothly: the eye reads blocks badly."""
     shown = [
-        F.interpolate(images[:SHOWN], scale_factor=ENLARGEMENT, mode="bicubic")
-        for images in (originals, reconstructions)
+        F.interpolate(images[:SHOWN], scale_factor=scale, mode="bicubic") for images in (originals, reconstructions)
     ]
-    reconstruction_grid(*shown).save(folder / "reconstructions.png")
-    shutil.copy(output_dir / "training_curve.png", folder)
+    reconstruction_grid(*shown).save(path)
 
 
 if __name__ == "__main__":
