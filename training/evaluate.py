@@ -18,6 +18,7 @@ from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from textwrap import fill
 from typing import Any
 
 import torch
@@ -52,6 +53,7 @@ MODEL = "CTRL-CSC"
 SHOWN = 10  # images a row of the pictures
 MAPPED = 500  # images of the heat map
 NEIGHBOURS = 5
+LABEL_WIDTH = 14  # letters, of a row of pictures
 # Of metrics.json, for the card; train.py writes the same names during a run.
 CARD_FIGURES = {
     "held_out_psnr": "psnr",
@@ -300,7 +302,7 @@ def draw(
 
     rows = {"test images": shown[:SHOWN]}
     rows |= {name: rival.decode(rival.encode(shown[:SHOWN])) for name, rival in autoencoders.items()}
-    image_table(torch.stack(list(rows.values())).cpu(), row_labels=list(rows)).savefig(
+    image_table(torch.stack(list(rows.values())).cpu(), row_labels=[fill(name, LABEL_WIDTH) for name in rows]).savefig(
         output_dir / "rivals.png", dpi=120
     )
 
