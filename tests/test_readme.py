@@ -36,7 +36,7 @@ COMMANDS = [line for block in re.findall(r"```bash\n(.*?)```", README, re.DOTALL
 def folder(tmp_path: Path) -> Path:
     """What README's blocks find: the demo's data, its model folder with examples and sampler, and another model."""
     config = CtrlCscConfig(latent_dim=16, stage_channels=[8, 16, 16])
-    for name in ("demo/model", "cifar10-energy"):
+    for name in ("demo/model", "cifar10"):
         CtrlCscModel(config).save_pretrained(tmp_path / name)
         CtrlCscImageProcessor(image_size=32).save_pretrained(tmp_path / name)
     (tmp_path / "checkpoints").symlink_to(ROOT / "checkpoints")
