@@ -121,8 +121,8 @@ def test_images_without_labels_are_measured_too(
 def test_the_nearest_training_images_of_training_images_are_themselves(
     evaluate: ModuleType, settings: Callable[..., Any], train: Callable[..., Path]
 ) -> None:
+    from autoencoders import autoencoder, load_model
     from data import take_images
-    from rivals import autoencoder, load_model
 
     options = settings(model="")
     ours = autoencoder(load_model(str(train("--max_train_steps", "1")), "cpu"))
@@ -144,7 +144,7 @@ def test_a_rival_without_a_name_of_its_own_is_refused(
 
 
 def test_what_is_no_autoencoder_is_refused(tmp_path: Path) -> None:
-    from rivals import diffusers_autoencoder, load_model
+    from autoencoders import diffusers_autoencoder, load_model
 
     with pytest.raises(ValueError, match=r"must hold a model of train\.py, got ResNet"):
         load_model(classifier(tmp_path / "resnet"), "cpu")

@@ -35,6 +35,7 @@ COMMANDS = [line for block in re.findall(r"```bash\n(.*?)```", README, re.DOTALL
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     """What README's blocks find: the demo's data, its model folder with examples and sampler, and another model."""
+    torch.manual_seed(0)
     config = CtrlCscConfig(latent_dim=16, stage_channels=[8, 16, 16])
     for name in ("demo/model", "cifar10"):
         CtrlCscModel(config).save_pretrained(tmp_path / name)

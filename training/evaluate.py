@@ -22,8 +22,8 @@ from textwrap import fill
 from typing import Any
 
 import torch
+from autoencoders import Autoencoder, autoencoder, diffusers_autoencoder, linear_rivals, load_model
 from data import ImageDataset, ImageSource, load_images, take_examples, to_pixel_values
-from rivals import Autoencoder, autoencoder, diffusers_autoencoder, linear_rivals, load_model
 from run import GRID_IMAGES, save_grid
 from settings import option
 from stream import ImageLoader, ImageStream
