@@ -68,7 +68,7 @@ class Run:
 
     def wait_for_a_step(self, process: subprocess.Popen) -> None:
         deadline = time.monotonic() + START
-        while "dR" not in self.log.read_text():
+        while "images/s" not in self.log.read_text():  # of the first step; the evaluation before it can be killed
             assert process.poll() is None and time.monotonic() < deadline, self.log.read_text()
             time.sleep(0.05)
 
