@@ -1,6 +1,7 @@
 """What CTRL-CSC is compared with, against plain torch; and the sweep that compares."""
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -10,8 +11,9 @@ import torch
 import torch.nn.functional as F
 import yaml
 from baselines import ConvolutionalConfig, ConvolutionalModel, SquaredErrorLoop
+from data import ImageSource, load_images, take_images
 from settings import parse_settings
-from transformers import AutoModel
+from transformers import AutoModel, ResNetConfig, ResNetModel
 
 from ctrl_csc_hf import CtrlCscConfig, CtrlCscModel
 from ctrl_csc_hf.closed_loop import ClosedLoopObjective, player_parameters
@@ -107,22 +109,38 @@ def test_every_row_of_the_sweep_is_a_run_that_settings_accept(tmp_path: Path) ->
         parse_settings(["--config", str(path)])
 
 
-def test_the_sweep_runs_what_is_missing_and_prints_a_table(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture
+def test_the_sweep_runs_what_is_missing(
+    monkeypatch: pytest.MonkeyPatch,
+    tiny_preset: Path,
+    image_folder: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture,
 ) -> None:
     import sweep
 
-    asked: list[tuple[str, int]] = []
-
-    def run(row: str, seed: int, _: object) -> dict[str, object]:
-        asked.append((row, seed))
-        figures = dict.fromkeys(("psnr", "match", "cosine", "frechet_distance", "rate", "rate_reduction"), 1.0)
-        return {"row": row, "seed": seed, **figures, "seconds": 60}
-
-    monkeypatch.setattr(sweep, "run", run)
-    arguments = SimpleNamespace(output_dir=tmp_path, rows=["base", "w_g 0"], seeds=[0])
+    data = tmp_path / "data"
+    for split in ("train", "test"):
+        shutil.copytree(image_folder / "train", data / split)
+    resnet = ResNetConfig(embedding_size=4, hidden_sizes=[4, 8], depths=[1, 1], layer_type="basic")
+    ResNetModel(resnet).save_pretrained(tmp_path / "resnet")
+    monkeypatch.setattr(sweep, "BASE", str(tiny_preset))  # the same run at 16 pixels
+    arguments = SimpleNamespace(
+        dataset_name=str(data), image_column="image", feature_model=str(tmp_path / "resnet"), rows=["w_g 0"], seeds=[3],
+        num_train_images=32, num_images=20, output_dir=tmp_path / "sweep",
+    )  # fmt: skip
     sweep.main(arguments)
-    arguments.seeds = [0, 1]
-    sweep.main(arguments)
-    assert asked == [("base", 0), ("w_g 0", 0), ("base", 1), ("w_g 0", 1)]
-    assert "| w_g 0 | 1 | 1.00 | 100.0% |" in capsys.readouterr().out
+    (result,) = [json.loads(line) for line in (tmp_path / "sweep" / "results.jsonl").read_text().splitlines()]
+    settings = json.loads((tmp_path / "sweep" / "w_g_0-3" / "training_args.json").read_text())
+    assert (settings["decoder_consistency"], settings["seed"], settings["max_train_steps"]) == (0, 3, 2)
+    assert f"| w_g 0 | 3 | {result['psnr']:.2f} |" in capsys.readouterr().out
+
+    model = AutoModel.from_pretrained(tmp_path / "sweep" / "w_g_0-3").eval()
+    source = ImageSource(dataset_name=str(data), split="test", streaming=True, label_column=None)
+    measured = take_images(load_images(source), 20, image_column="image", image_size=16)
+    with torch.no_grad():
+        error = (measured - model(measured).reconstruction).square().mean(dim=(1, 2, 3))
+    assert result["psnr"] == pytest.approx((10 * torch.log10(4 / error)).mean().item(), abs=1e-4)
+
+    written = (tmp_path / "sweep" / "w_g_0-3" / "model.safetensors").stat().st_mtime_ns
+    sweep.main(arguments)  # there already
+    assert (tmp_path / "sweep" / "w_g_0-3" / "model.safetensors").stat().st_mtime_ns == written

@@ -16,6 +16,7 @@ from datasets.utils.file_utils import xopen
 from PIL import ExifTags, Image, ImageOps
 from torch import Tensor
 
+from ctrl_csc_hf.encoding import ImageDataset, select_images
 from ctrl_csc_hf.image_processing_ctrl_csc import CtrlCscImageProcessor
 
 logger = logging.getLogger(__name__)
@@ -25,7 +26,6 @@ logger = logging.getLogger(__name__)
 datasets.config.SLEEP_TIME_ON_THREADS_SHUTDOWN = 0
 
 Augmentation = Literal["none", "flip", "crop_and_flip"]
-ImageDataset = datasets.Dataset | datasets.IterableDataset
 
 AUGMENTATIONS = ("none", "flip", "crop_and_flip")
 RESAMPLE = CtrlCscImageProcessor.resample
@@ -165,21 +165,7 @@ def _digest(encoded: dict[str, Any]) -> bytes:
 
 def undecoded(dataset: ImageDataset, image_column: str, label_column: str | None) -> ImageDataset:
     """The columns asked for, images as {"bytes", "path"}."""
-    if dataset.features is None:  # a stream whose columns show in its first rows only
-        dataset = dataset._resolve_features()
-    columns = {"image_column": image_column}
-    if label_column is not None:
-        columns["label_column"] = label_column
-    for argument, column in columns.items():
-        if column not in dataset.features:
-            raise ValueError(f"{argument} must be one of {list(dataset.features)}, got {column!r}")
-    if not isinstance(dataset.features[image_column], datasets.Image):
-        raise ValueError(f"image_column must hold images, but {image_column!r} holds {dataset.features[image_column]}")
-    if label_column is not None and "int" not in getattr(dataset.features[label_column], "dtype", ""):
-        raise ValueError(
-            f"label_column must hold integers, but {label_column!r} holds {dataset.features[label_column]}"
-        )
-    dataset = dataset.select_columns(list(columns.values()))
+    dataset = select_images(dataset, image_column, label_column)
     return dataset.cast_column(image_column, datasets.Image(decode=False))
 
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import TypeAlias
 
 import datasets
 import torch
@@ -10,6 +11,8 @@ from tqdm.auto import tqdm
 from transformers.image_processing_utils import BaseImageProcessor
 
 from .modeling_ctrl_csc import CtrlCscModel
+
+ImageDataset: TypeAlias = datasets.Dataset | datasets.IterableDataset
 
 
 @dataclass(frozen=True)
@@ -26,7 +29,7 @@ class EncodedBatch:
 
 
 def encode_dataset(
-    dataset: datasets.Dataset | datasets.IterableDataset,
+    dataset: ImageDataset,
     model: CtrlCscModel,
     image_processor: BaseImageProcessor,
     *,
@@ -39,9 +42,21 @@ def encode_dataset(
     Raises:
         ValueError: for a column that does not exist or holds no images, and for labels that are no integers.
     """
+    dataset = select_images(dataset, image_column, label_column)
+    return _batches(dataset, model, image_processor, image_column, label_column, batch_size)
+
+
+def select_images(dataset: ImageDataset, image_column: str, label_column: str | None) -> ImageDataset:
+    """The columns of the images and, where there is one, of the labels.
+
+    Raises:
+        ValueError: for a column that does not exist or holds no images, and for labels that are no integers.
+    """
     if dataset.features is None:  # a stream whose columns show in its first rows only
         dataset = dataset._resolve_features()
-    columns = {"image_column": image_column} | ({} if label_column is None else {"label_column": label_column})
+    columns = {"image_column": image_column}
+    if label_column is not None:
+        columns["label_column"] = label_column
     for argument, column in columns.items():
         if column not in dataset.features:
             raise ValueError(f"{argument} must be one of {list(dataset.features)}, got {column!r}")
@@ -51,22 +66,23 @@ def encode_dataset(
         raise ValueError(
             f"label_column must hold integers, but {label_column!r} holds {dataset.features[label_column]}"
         )
-    return _batches(dataset.select_columns(list(columns.values())), model, image_processor, columns, batch_size)
+    return dataset.select_columns(list(columns.values()))
 
 
 def _batches(
-    dataset: datasets.Dataset | datasets.IterableDataset,
+    dataset: ImageDataset,
     model: CtrlCscModel,
     image_processor: BaseImageProcessor,
-    columns: dict[str, str],
+    image_column: str,
+    label_column: str | None,
     batch_size: int,
 ) -> Iterator[EncodedBatch]:
     for rows in tqdm(dataset.iter(batch_size), desc="batches of images encoded"):
-        pixel_values = image_processor(rows[columns["image_column"]], return_tensors="pt").pixel_values
+        pixel_values = image_processor(rows[image_column], return_tensors="pt").pixel_values
         with torch.inference_mode():
             latents = model.encode(pixel_values.to(model.device)).latents.float().cpu()
-        labels = torch.tensor(rows[columns["label_column"]]) if "label_column" in columns else None
+        labels = None if label_column is None else torch.tensor(rows[label_column])
         yield EncodedBatch(pixel_values, latents, labels)
 
 
-__all__ = ["EncodedBatch", "encode_dataset"]
+__all__ = ["EncodedBatch", "ImageDataset", "encode_dataset", "select_images"]

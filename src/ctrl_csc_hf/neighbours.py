@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from .encoding import EncodedBatch
+from .visualization import image_table
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -61,27 +62,15 @@ def nearest_images(samples: Tensor, latents: Tensor, batches: Iterable[EncodedBa
 
 def neighbours_figure(samples: Tensor, nearest: NearestImages) -> "Figure":
     """Samples (n, 3, H, W), a column each, above their nearest images by pixels and by latents, with both figures."""
-    from matplotlib.figure import Figure
-
-    rows = (
-        ("sample", samples, [""] * len(samples)),
-        (
-            "nearest by pixels,\nRMS difference",
-            nearest.by_pixels,
-            [f"{rms:.2f}" for rms in nearest.pixel_distances],
-        ),
-        ("nearest by latents,\ncosine", nearest.by_latents, [f"{cosine:.2f}" for cosine in nearest.cosines]),
+    return image_table(
+        torch.stack([samples, nearest.by_pixels, nearest.by_latents]),
+        row_labels=["sample", "nearest by pixels,\nRMS difference", "nearest by latents,\ncosine"],
+        image_labels=[
+            [""] * len(samples),
+            [f"{difference:.2f}" for difference in nearest.pixel_distances],
+            [f"{cosine:.2f}" for cosine in nearest.cosines],
+        ],
     )
-    figure = Figure(figsize=(1.6 + 0.9 * len(samples), 3.5), layout="constrained")
-    grid = figure.subplots(3, len(samples), squeeze=False)
-    for (title, images, captions), axes_row in zip(rows, grid, strict=True):
-        for axes, image, caption in zip(axes_row, images, captions, strict=True):
-            axes.imshow((image / 2 + 0.5).clamp(0, 1).permute(1, 2, 0).numpy(), interpolation="nearest")
-            axes.set(xticks=[], yticks=[])
-            axes.set_xlabel(caption, fontsize=8, labelpad=2)
-            axes.spines[:].set_visible(False)
-        axes_row[0].set_ylabel(title, rotation=0, ha="right", va="center", fontsize=9)
-    return figure
 
 
 __all__ = ["NearestImages", "nearest_images", "neighbours_figure"]
