@@ -114,7 +114,7 @@ def test_publish_commands_write_and_upload_the_same(folder: Path, monkeypatch: p
     [
         (
             "train",
-            ["--max_train_steps=1", "--train_batch_size=8", "--num_validation_images=8", "--energy_warmup_steps=1"],
+            ["--max_train_steps=1", "--train_batch_size=64", "--num_validation_images=64", "--energy_warmup_steps=0"],
         ),
         ("evaluate", ["--num_images", "100", "--num_frechet_images", "100", "--train_split", "test"]),
     ],

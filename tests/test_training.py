@@ -328,7 +328,7 @@ def test_cifar10_streams_through_the_preset(train: Train, cifar10: str, tmp_path
     AcceleratorState._reset_state(reset_partial_state=True)
     flags = ["--config", "cifar10", "--dataset_name", cifar10, "--image_column", "image", "--report_to", "none"]
     flags += ["--max_train_steps", "2", "--num_validation_images", "64", "--output_dir", str(tmp_path / "cifar10")]
-    flags += ["--energy_warmup_steps", "2"]
+    flags += ["--energy_warmup_steps", "0"]
     folder = main(*parse_settings([*flags, "--train_batch_size", "64"]))
     assert json.loads((folder / "metrics.json").read_text())["step"] == 2
 
@@ -344,6 +344,6 @@ def test_imagenet_streams_through_its_preset(tmp_path: Path) -> None:
     AcceleratorState._reset_state(reset_partial_state=True)
     flags = ["--config", "imagenet64", "--dataset_name", folder, "--train_split", "validation", "--report_to", "none"]
     flags += ["--max_train_steps", "1", "--num_validation_images", "8", "--train_batch_size", "8", "--use_ema", "false"]
-    flags += ["--dataloader_num_workers", "1", "--energy_warmup_steps", "1", "--output_dir", str(tmp_path / "imagenet")]
+    flags += ["--dataloader_num_workers", "1", "--energy_warmup_steps", "0", "--output_dir", str(tmp_path / "imagenet")]
     metrics = json.loads((main(*parse_settings(flags)) / "metrics.json").read_text())
     assert metrics["step"] == 1 and metrics["unreadable_images"] == 0
