@@ -125,8 +125,9 @@ def test_the_sweep_runs_what_is_missing(
     ResNetModel(resnet).save_pretrained(tmp_path / "resnet")
     monkeypatch.setattr(sweep, "BASE", str(tiny_preset))  # the same run at 16 pixels
     arguments = SimpleNamespace(
-        dataset_name=str(data), image_column="image", feature_model=str(tmp_path / "resnet"), rows=["w_g 0"], seeds=[3],
-        num_train_images=32, num_images=20, output_dir=tmp_path / "sweep",
+        dataset_name=str(data), image_column="image", label_column="label", feature_model=str(tmp_path / "resnet"),
+        rows=["w_g 0"], seeds=[3], num_train_images=32, num_images=20, num_probe_images=1000,
+        output_dir=tmp_path / "sweep",
     )  # fmt: skip
     sweep.main(arguments)
     (result,) = [json.loads(line) for line in (tmp_path / "sweep" / "results.jsonl").read_text().splitlines()]

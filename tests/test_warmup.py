@@ -1,13 +1,14 @@
 """What comes before the game: dictionaries from the sparse-coding energy, and a decoder that inverts the encoder."""
 
 import itertools
+from collections.abc import Callable
 
 import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from ema import recompute_statistics
-from warmup import invert_encoder, learn_dictionaries
+from warmup import invert_encoder, learn_deconvolution, learn_dictionaries
 
 from ctrl_csc_hf import CtrlCscConfig, CtrlCscModel
 from ctrl_csc_hf.metrics import peak_signal_to_noise_ratio
@@ -35,7 +36,7 @@ def accelerator(precision: str = "no") -> Accelerator:
 
 
 def learn(model: CtrlCscModel, images: torch.Tensor, steps: int, precision: str = "no") -> None:
-    learn_dictionaries(accelerator(precision), model, itertools.repeat(images), steps, 1e-2, lambda: False)
+    learn_dictionaries(accelerator(precision), model, itertools.repeat(images), lambda: False, steps, 1e-2)
     recompute_statistics(model, images, len(images))
 
 
@@ -51,11 +52,29 @@ def test_the_energy_falls_and_atoms_stay_unit_vectors(precision: str) -> None:
     assert all(torch.equal(a, b) for a, b in zip(decoder, model.decoder.parameters(), strict=True))
 
 
-def test_an_interrupt_ends_it_before_the_next_step() -> None:
+@pytest.mark.parametrize("learn", [learn_dictionaries, learn_deconvolution])
+def test_an_interrupt_ends_it_before_the_next_step(learn: Callable) -> None:
     model, images = CtrlCscModel(CtrlCscConfig(**CONFIG)).train(), smooth_images()
-    before = model.encoder.last_stage.dictionary.clone()
-    learn_dictionaries(accelerator(), model, itertools.repeat(images), 3, 1e-2, lambda: True)
-    assert torch.equal(model.encoder.last_stage.dictionary, before)
+    before = [parameter.clone() for parameter in model.parameters()]
+    assert not learn(accelerator(), model, itertools.repeat(images), lambda: True, 3, 1e-2)
+    assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("precision", ["no", "bf16"])
+@pytest.mark.parametrize("shared", [False, True])
+def test_the_deconvolution_of_all_stages_then_gives_the_pixels(precision: str, shared: bool) -> None:
+    torch.manual_seed(0)
+    config = CtrlCscConfig(**CONFIG, share_dictionaries=shared)
+    model, images = CtrlCscModel(config).train(), smooth_images()
+    learn(model, images, steps=20)
+    invert_encoder(model, images)
+    before = peak_signal_to_noise_ratio(images, model(images).reconstruction).mean()
+    encoder = [parameter.clone() for parameter in model.encoder.parameters()]
+    assert learn_deconvolution(accelerator(precision), model, itertools.repeat(images), lambda: False, 30, 1e-2)
+    recompute_statistics(model, images, len(images))
+    assert peak_signal_to_noise_ratio(images, model(images).reconstruction).mean() > before + 2
+    assert all(dictionary.has_unit_atoms() for dictionary in model.dictionaries())
+    assert not any(torch.equal(a, b) for a, b in zip(encoder, model.encoder.parameters(), strict=True))
 
 
 @pytest.mark.parametrize("flipped", [False, True])

@@ -73,13 +73,11 @@ class TrainingSettings:
     collapse_steps: int = option(200, "Collapsed steps in a row before the run warns.")
     stop_on_collapse: bool = option(False, "Then save a checkpoint and stop.")
 
-    # Before the game, see warmup.py
-    energy_warmup_steps: int = option(
-        0,
-        "Steps that learn the dictionaries from the sparse-coding energy alone; none where a run starts from a "
-        "checkpoint.",
-    )
+    # Before the game, see warmup.py; not where a run starts from a checkpoint
+    energy_warmup_steps: int = option(0, "Steps that learn the dictionaries from the sparse-coding energy alone.")
     energy_warmup_learning_rate: float = option(1e-3, "Learning rate of those, which falls to zero.")
+    deconvolution_warmup_steps: int = option(0, "Steps after those that fit both nets to 1/2 |x - g(f(x))|^2.")
+    deconvolution_warmup_learning_rate: float = option(2e-3, "Learning rate of those, which falls to zero.")
 
     # Optimisation
     max_train_steps: int = option(45_000, "Steps in all.")
@@ -122,9 +120,11 @@ class TrainingSettings:
                      "validation_steps", "checkpointing_steps", "collapse_steps"):  # fmt: skip
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)!r}")
-        if self.energy_warmup_steps < 0:
-            raise ValueError(f"energy_warmup_steps must be at least 0, got {self.energy_warmup_steps!r}")
-        for name in ("encoder_learning_rate", "decoder_learning_rate", "energy_warmup_learning_rate"):
+        for name in ("energy_warmup_steps", "deconvolution_warmup_steps"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} must be at least 0, got {getattr(self, name)!r}")
+        for name in ("encoder_learning_rate", "decoder_learning_rate", "energy_warmup_learning_rate",
+                     "deconvolution_warmup_learning_rate"):  # fmt: skip
             if not 0 < getattr(self, name) < float("inf"):
                 raise ValueError(f"{name} must be a positive number, got {getattr(self, name)!r}")
         for name in ("adam_beta1", "adam_beta2", "ema_decay"):

@@ -17,13 +17,21 @@ from typing import Any
 
 import torch
 import yaml
-from data import ImageSource, load_images, take_images
+from data import ImageSource, load_images, take_examples
+from torch import Tensor
 from transformers import AutoModel
 
-from ctrl_csc_hf.metrics import ClosedLoopConsistency, FrechetDistance, PeakSignalToNoiseRatio, VisionFeatures
+from ctrl_csc_hf.metrics import (
+    ClosedLoopConsistency,
+    FrechetDistance,
+    LatentProbe,
+    PeakSignalToNoiseRatio,
+    VisionFeatures,
+)
 from ctrl_csc_hf.presets import load_preset
 
 BASE = "cifar10_sweep"
+BASE_BATCH = 128  # its batch; with another, warm starts see as many images
 BATCH_SIZE = 250
 # What each row changes, in the sections of a preset.
 ROWS: dict[str, dict[str, dict[str, Any]]] = {
@@ -48,24 +56,34 @@ ROWS: dict[str, dict[str, dict[str, Any]]] = {
     "statistics own": {"training": {"reconstruction_statistics": "own"}},
     "encoder 1.5e-5": {"training": {"encoder_learning_rate": 1.5e-5}},
     "encoder 1.5e-4": {"training": {"encoder_learning_rate": 1.5e-4}},
-    "decoder 7e-4": {"training": {"decoder_learning_rate": 7e-4}},
-    "decoder 6e-3": {"training": {"decoder_learning_rate": 6e-3}},
+    "decoder 1.5e-4": {"training": {"decoder_learning_rate": 1.5e-4}},
+    "decoder 2e-3": {"training": {"decoder_learning_rate": 2e-3}},
     "betas 0.9, 0.999": {"training": {"adam_beta1": 0.9}},
     "w_g 0": {"training": {"decoder_consistency": 0.0}},
     "w_g 100": {"training": {"decoder_consistency": 100.0}},
     "w_f 1": {"training": {"encoder_consistency": 1.0}},
     "w_E 10": {"training": {"energy": 10.0}},
-    "no warm start": {"training": {"energy_warmup_steps": 0}},
-    "no warm start, w_E 10": {"training": {"energy_warmup_steps": 0, "energy": 10.0}},
+    "no energy before": {"training": {"energy_warmup_steps": 0}},
+    "no deconvolution before": {"training": {"deconvolution_warmup_steps": 0}},
+    "nothing before": {"training": {"energy_warmup_steps": 0, "deconvolution_warmup_steps": 0}},
+    "nothing before, w_E 10": {
+        "training": {"energy_warmup_steps": 0, "deconvolution_warmup_steps": 0, "energy": 10.0},
+    },
     "multi": {"training": {"objective": "multi"}},
     "unsupervised": {"training": {"objective": "unsupervised"}},
+    "unsupervised, w_a 5": {"training": {"objective": "unsupervised", "augmentation_consistency": 5.0}},
     "distortion 0.05": {"training": {"distortion": 0.05}},
     "batch 64": {"training": {"train_batch_size": 64}},
     "batch 512": {"training": {"train_batch_size": 512}},
     "batch 2048": {"training": {"train_batch_size": 2048}},
     "no EMA": {"training": {"use_ema": False}},
     "ordinary convolutions": {"training": {"encoder": "convolution", "energy_warmup_steps": 0}},
-    "squared error": {"training": {"loop": "squared_error"}},
+    "ordinary convolutions, nothing before": {
+        "training": {"encoder": "convolution", "energy_warmup_steps": 0, "deconvolution_warmup_steps": 0},
+    },
+    "squared error": {
+        "training": {"loop": "squared_error", "encoder_learning_rate": 2e-3, "decoder_learning_rate": 2e-3},
+    },
 }
 
 
@@ -73,13 +91,15 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Runs rows of the ablation and prints their table.")
     parser.add_argument("--dataset_name", required=True, help="As train.py's.")
     parser.add_argument("--image_column", default="image", help="As train.py's.")
+    parser.add_argument("--label_column", default="label", help="As train.py's.")
     parser.add_argument("--feature_model", required=True, help="A vision model, for the Fréchet distance.")
     parser.add_argument(
         "--rows", nargs="+", choices=list(ROWS), default=list(ROWS), metavar="ROW", help=f"{list(ROWS)}"
     )
     parser.add_argument("--seeds", nargs="+", type=int, default=[0], help="A run for each of them.")
-    parser.add_argument("--num_train_images", type=int, default=38_400, help="Images of the game, whatever the batch.")
+    parser.add_argument("--num_train_images", type=int, default=25_600, help="Images of the game, whatever the batch.")
     parser.add_argument("--num_images", type=int, default=5000, help="Test images to measure on, the first ones.")
+    parser.add_argument("--num_probe_images", type=int, default=5000, help="Training images of the linear probe.")
     parser.add_argument("--output_dir", type=Path, default=Path("sweep"), help="Where everything is written.")
     return parser.parse_args()
 
@@ -102,7 +122,11 @@ def run(row: str, seed: int, arguments: argparse.Namespace) -> dict[str, Any]:
     preset = load_preset(BASE)
     for section, changes in ROWS[row].items():
         preset[section] |= changes
-    preset["training"]["max_train_steps"] = arguments.num_train_images // preset["training"]["train_batch_size"]
+    training = preset["training"]
+    scale = BASE_BATCH / training["train_batch_size"]
+    for warmup in ("energy_warmup_steps", "deconvolution_warmup_steps"):
+        training[warmup] = round(training.get(warmup, 0) * scale)
+    training["max_train_steps"] = arguments.num_train_images // training["train_batch_size"]
     folder = arguments.output_dir / f"{row.replace(' ', '_')}-{seed}"
     config = arguments.output_dir / f"{folder.name}.yaml"
     config.write_text(yaml.safe_dump(preset))
@@ -112,6 +136,7 @@ def run(row: str, seed: int, arguments: argparse.Namespace) -> dict[str, Any]:
             sys.executable, str(Path(__file__).with_name("train.py")),
             "--config", str(config), "--output_dir", str(folder), "--seed", str(seed), "--report_to", "none",
             "--dataset_name", arguments.dataset_name, "--image_column", arguments.image_column,
+            "--label_column", arguments.label_column,
         ],
         check=True,
     )  # fmt: skip
@@ -121,44 +146,47 @@ def run(row: str, seed: int, arguments: argparse.Namespace) -> dict[str, Any]:
 
 @torch.inference_mode()
 def measure(folder: Path, arguments: argparse.Namespace) -> dict[str, float]:
-    """PSNR, match, Fréchet distance of the test images; R(Z) and dR of the run's own held-out images."""
+    """PSNR, match, Fréchet distance and probes of the test images; R(Z) and dR of the run's own held-out images."""
     model = AutoModel.from_pretrained(folder).eval()
-    source = ImageSource(
-        dataset_name=arguments.dataset_name,
-        split="test",
-        streaming=True,
-        image_column=arguments.image_column,
-        label_column=None,
-    )
-    images = take_images(
-        load_images(source), arguments.num_images,
-        image_column=arguments.image_column, image_size=model.config.image_size,
-    )  # fmt: skip
+    images, labels = examples("test", arguments.num_images, model.config.image_size, arguments)
+    fitted_images, fitted_labels = examples("train", arguments.num_probe_images, model.config.image_size, arguments)
     features = VisionFeatures(arguments.feature_model)
     psnr, consistency, distance = PeakSignalToNoiseRatio(), ClosedLoopConsistency(), FrechetDistance()
-    for batch in images.split(BATCH_SIZE):
+    probe = LatentProbe(int(fitted_labels.max()) + 1)
+    for batch, y in zip(fitted_images.split(BATCH_SIZE), fitted_labels.split(BATCH_SIZE), strict=True):
+        probe.fit_update(model.encode(batch).latents, y)
+    for batch, y in zip(images.split(BATCH_SIZE), labels.split(BATCH_SIZE), strict=True):
         output = model(batch, output_reconstructed_latents=True)
         psnr.update(batch, output.reconstruction)
         consistency.update(output.latents, output.reconstructed_latents)
         distance.update(features(batch), features(output.reconstruction))
+        probe.update(output.latents, y)
     held_out = json.loads((folder / "metrics.json").read_text())
     return {
         **psnr.compute(),
         **consistency.compute(),
         **distance.compute(),
+        **probe.compute(),
         "rate": held_out["held_out_rate"],
         "rate_reduction": held_out["held_out_rate_reduction"],
     }
 
 
+def examples(split: str, count: int, image_size: int, arguments: argparse.Namespace) -> tuple[Tensor, Tensor]:
+    """The first `count` images of a split (n, 3, s, s), pixels in [-1, 1], and their labels (n,)."""
+    columns = {"image_column": arguments.image_column, "label_column": arguments.label_column}
+    source = ImageSource(dataset_name=arguments.dataset_name, split=split, streaming=True, **columns)
+    return take_examples(load_images(source), count, image_size=image_size, **columns)
+
+
 def print_table(results: list[dict[str, Any]]) -> None:
-    print("| change | seed | PSNR, dB | match | cos(z, zh) | Fréchet | R(Z), nats | dR(Z, Zh), nats | minutes |")
-    print("| --- | --- | --- | --- | --- | --- | --- | --- | --- |")
+    columns = ("change", "seed", "PSNR, dB", "match", "Fréchet", "R(Z), nats", "dR(Z, Zh), nats", "probe", "minutes")
+    print(f"| {' | '.join(columns)} |\n|{' --- |' * len(columns)}")
     for result in results:
         print(
             f"| {result['row']} | {result['seed']} | {result['psnr']:.2f} | {result['match']:.1%} "
-            f"| {result['cosine']:.3f} | {result['frechet_distance']:.2f} | {result['rate']:.1f} "
-            f"| {result['rate_reduction']:.2f} | {result['seconds'] / 60:.1f} |"
+            f"| {result['frechet_distance']:.2f} | {result['rate']:.1f} | {result['rate_reduction']:.2f} "
+            f"| {result['linear_probe']:.1%} | {result['seconds'] / 60:.1f} |"
         )
 
 

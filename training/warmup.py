@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from ctrl_csc_hf import CtrlCscModel
@@ -23,9 +23,9 @@ def learn_dictionaries(
     accelerator: Accelerator,
     model: CtrlCscModel,
     batches: Iterable[Tensor],
+    is_interrupted: Callable[[], bool],
     steps: int,
     learning_rate: float,
-    is_interrupted: Callable[[], bool],
 ) -> bool:
     """Adam on E, the sparse-coding energy of the encoder's stages, with a learning rate that falls to zero.
 
@@ -33,29 +33,72 @@ def learn_dictionaries(
         accelerator: gives the precision.
         batches: images (n, C, H, W), pixels in [-1, 1]; `steps` of them are taken. Over several processes, its part.
         is_interrupted: asked before each step whether to stop.
+        steps, learning_rate: of Adam.
 
     Returns:
         Whether it came to its end.
     """
-    optimizer = torch.optim.Adam(model.encoder.parameters(), learning_rate)
+
+    def energy(images: Tensor) -> Tensor:
+        return model.encoder(images, output_energy=True).energy
+
+    parameters = model.encoder.parameters()
+    return _descend(accelerator, model, energy, parameters, batches, is_interrupted, steps, learning_rate, "E")
+
+
+def learn_deconvolution(
+    accelerator: Accelerator,
+    model: CtrlCscModel,
+    batches: Iterable[Tensor],
+    is_interrupted: Callable[[], bool],
+    steps: int,
+    learning_rate: float,
+) -> bool:
+    """Adam on both nets: 1/2 |x - g(f(x))|^2 per pixel, the data term of the deconvolution of all stages.
+
+    E sees one stage at a time; what one of them misses is lost to the next. Arguments and value as those of
+    `learn_dictionaries`.
+    """
+
+    def error(images: Tensor) -> Tensor:
+        reconstruction = model.decoder(model.encoder(images).latents).reconstruction
+        return (images - reconstruction.float()).square().flatten(1).mean(dim=1) / 2
+
+    name = "1/2 |x - g(f(x))|^2"
+    return _descend(accelerator, model, error, model.parameters(), batches, is_interrupted, steps, learning_rate, name)
+
+
+def _descend(
+    accelerator: Accelerator,
+    model: CtrlCscModel,
+    loss_of: Callable[[Tensor], Tensor],
+    parameters: Iterable[nn.Parameter],
+    batches: Iterable[Tensor],
+    is_interrupted: Callable[[], bool],
+    steps: int,
+    learning_rate: float,
+    name: str,
+) -> bool:
+    """Adam on the mean over the batch of `loss_of(images)` (n,); whether it came to its end."""
+    parameters = list(parameters)
+    optimizer = torch.optim.Adam(parameters, learning_rate)
     schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, steps)
-    parameters = list(model.encoder.parameters())
-    progress = tqdm(total=steps, desc="sparse-coding energy", disable=not accelerator.is_main_process)
+    progress = tqdm(total=steps, desc=f"before the game: {name}", disable=not accelerator.is_main_process)
     for _, images in zip(range(steps), batches, strict=False):
         if is_interrupted():
             progress.close()
             return False
         count = sum_over_processes(torch.tensor(len(images), device=images.device))
         with accelerator.autocast():
-            energy = model.encoder(images, output_energy=True).energy.sum() / count
-        energy.backward()
+            loss = loss_of(images).sum() / count
+        loss.backward()
         sum_gradients(parameters)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         schedule.step()
         model.project_parameters()
         progress.update()
-        progress.set_postfix_str(f"E {sum_over_processes(energy.detach()).item():.3f}")
+        progress.set_postfix_str(f"{sum_over_processes(loss.detach()).item():.4f}")
     progress.close()
     return True
 
