@@ -115,7 +115,7 @@ def test_a_model_that_has_not_played_the_game_does_not_claim_it(checkpoint: Path
     folder = export(trained_model(False, "batch_norm"), tmp_path / "out", repo_id=REPOSITORY, checkpoint=checkpoint)
     card = (folder / "README.md").read_text()
     assert "Trained as an autoencoder, for comparison, without the game" in card
-    assert "No loss compares" not in card and "the encoder minimises" not in card
+    assert "No loss of the game" not in card and "the encoder minimises" not in card
 
 
 def test_the_text_tells_settings_results_and_limits(repository: Path) -> None:
@@ -125,7 +125,9 @@ def test_the_text_tells_settings_results_and_limits(repository: Path) -> None:
         "| PSNR, mean over images, dB | 17.12 |",
         "| nearest-latent match | 98.7% |",
         f"{training['max_train_steps']} steps of {training['train_batch_size']} images",
-        f"after {training['energy_warmup_steps']} on the sparse-coding energy alone",
+        f"after {training['energy_warmup_steps']} on the sparse-coding energy alone "
+        f"and {training['deconvolution_warmup_steps']} on 1/2 |x - g(f(x))|^2.",
+        "pixel by pixel; what comes before it does: 1/2 |x - g(f(x))|^2. No labels are used.",
         "On 1000 held-out images of uoft-cs/cifar10 (test)",
         "(architecture.png)",
         "(reconstructions.png)",
@@ -166,7 +168,12 @@ def test_a_checkpoint_without_records_has_a_card_without_figures(tmp_path: Path)
             "E is the energy above, of all stages, per pixel.",
         ),
         ({"objective": "multi"}, "J alone uses labels."),
-        ({"objective": "binary"}, "none uses labels."),
+        ({"objective": "binary"}, "No labels are used."),
+        (
+            {"energy_warmup_steps": 0, "deconvolution_warmup_steps": 7},
+            "images a process, after 7 on 1/2 |x - g(f(x))|^2.",
+        ),
+        ({"deconvolution_warmup_steps": 0}, "pixel by pixel. No labels are used."),
         ({"pretrained_model_name_or_path": "/some/folder"}, "images a process, from a model trained before."),
         ({"use_ema": False}, "schedule linear.\n"),
         ({"dataset_name": "digits"}, "- Data set: a local folder of images."),  # by that name, here

@@ -114,7 +114,13 @@ def test_publish_commands_write_and_upload_the_same(folder: Path, monkeypatch: p
     [
         (
             "train",
-            ["--max_train_steps=1", "--train_batch_size=64", "--num_validation_images=64", "--energy_warmup_steps=0"],
+            [
+                "--max_train_steps=1",
+                "--train_batch_size=64",
+                "--num_validation_images=64",
+                "--energy_warmup_steps=0",
+                "--deconvolution_warmup_steps=1",
+            ],
         ),
         ("evaluate", ["--num_images", "100", "--num_frechet_images", "100", "--train_split", "test"]),
     ],

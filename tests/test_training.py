@@ -110,7 +110,12 @@ def test_two_processes_train_one_model_and_resume_where_each_of_them_stood(
         )  # accelerate 1.2 runs both, as it was told; newer ones run one, which is no game of two
     except AssertionError as error:
         assert "2 processes were launched, but accelerate runs 1" in str(error)
-    flags = ("--max_train_steps=6", "--energy_warmup_steps=2", "--reconstruction_statistics=images")
+    flags = (
+        "--max_train_steps=6",
+        "--energy_warmup_steps=2",
+        "--deconvolution_warmup_steps=2",
+        "--reconstruction_statistics=images",
+    )
     whole = run("whole", *flags, "--checkpoints_total_limit=5")
     (history,) = [
         state
@@ -142,7 +147,8 @@ def test_old_checkpoints_are_removed_beyond_the_limit(train: Train) -> None:
     ("--objective", "multi", "--play", "alternating"),
     ("--objective", "unsupervised", "--augmentation_consistency", "1", "--encoder_consistency", "1"),
     ("--energy", "0.1", "--mixed_precision", "bf16", "--gradient_checkpointing"),
-    ("--energy_warmup_steps", "3", "--reconstruction_statistics", "images", "--gradient_checkpointing"),
+    ("--energy_warmup_steps", "3", "--deconvolution_warmup_steps", "2", "--reconstruction_statistics", "images",
+     "--gradient_checkpointing"),
     pytest.param(("--torch_compile", "--mixed_precision", "bf16"), marks=pytest.mark.slow),
 ])  # fmt: skip
 def test_every_objective_and_weight_trains(train: Train, flags: tuple[str, ...]) -> None:
@@ -219,6 +225,7 @@ def test_ctrl_c_saves_a_checkpoint_from_which_the_run_goes_on(
         (("--play", "both"), "play must be one of"),
         (("--reconstruction_statistics", "all"), "reconstruction_statistics must be one of .*own.*, got 'all'"),
         (("--energy_warmup_steps", "-1"), "energy_warmup_steps must be at least 0, got -1"),
+        (("--deconvolution_warmup_steps", "-1"), "deconvolution_warmup_steps must be at least 0, got -1"),
         (("--config", "nothing"), "a preset must be a YAML file or one of .*cifar10"),
     ],
 )
@@ -328,7 +335,7 @@ def test_cifar10_streams_through_the_preset(train: Train, cifar10: str, tmp_path
     AcceleratorState._reset_state(reset_partial_state=True)
     flags = ["--config", "cifar10", "--dataset_name", cifar10, "--image_column", "image", "--report_to", "none"]
     flags += ["--max_train_steps", "2", "--num_validation_images", "64", "--output_dir", str(tmp_path / "cifar10")]
-    flags += ["--energy_warmup_steps", "0"]
+    flags += ["--energy_warmup_steps", "0", "--deconvolution_warmup_steps", "1"]
     folder = main(*parse_settings([*flags, "--train_batch_size", "64"]))
     assert json.loads((folder / "metrics.json").read_text())["step"] == 2
 
@@ -344,6 +351,7 @@ def test_imagenet_streams_through_its_preset(tmp_path: Path) -> None:
     AcceleratorState._reset_state(reset_partial_state=True)
     flags = ["--config", "imagenet64", "--dataset_name", folder, "--train_split", "validation", "--report_to", "none"]
     flags += ["--max_train_steps", "1", "--num_validation_images", "8", "--train_batch_size", "8", "--use_ema", "false"]
-    flags += ["--dataloader_num_workers", "1", "--energy_warmup_steps", "0", "--output_dir", str(tmp_path / "imagenet")]
+    flags += ["--dataloader_num_workers", "1", "--output_dir", str(tmp_path / "imagenet")]
+    flags += ["--energy_warmup_steps", "0", "--deconvolution_warmup_steps", "1"]
     metrics = json.loads((main(*parse_settings(flags)) / "metrics.json").read_text())
     assert metrics["step"] == 1 and metrics["unreadable_images"] == 0

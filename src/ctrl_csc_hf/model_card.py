@@ -125,7 +125,8 @@ def model_card(
         parameters=sum(parameter.numel() for parameter in model.parameters()),
         distortion=settings.get("distortion"),
         game=_game(settings) if settings else GAME,
-        labels="J alone uses labels" if settings.get("objective") == "multi" else "none uses labels",
+        labels="J alone uses labels" if settings.get("objective") == "multi" else "No labels are used",
+        warmup=_warmup(settings),
         continued=continued,
         settings=settings,
         dataset=f"`{dataset}`" if is_on_hub else dataset,
@@ -158,6 +159,15 @@ def _game(settings: dict[str, Any]) -> str:
     if " E" in encoder:
         text += "; E is the energy above, of all stages, per pixel"
     return text
+
+
+def _warmup(settings: dict[str, Any]) -> str:
+    """What came before the game, by the settings of train.py."""
+    kinds = (
+        ("energy_warmup_steps", "on the sparse-coding energy alone"),
+        ("deconvolution_warmup_steps", "on 1/2 |x - g(f(x))|^2"),
+    )
+    return " and ".join(f"{settings[name]} {what}" for name, what in kinds if settings.get(name))
 
 
 def public_settings(checkpoint: Path | None) -> dict[str, Any]:
