@@ -12,6 +12,7 @@ import torch.nn.functional as F
 import yaml
 from baselines import ConvolutionalConfig, ConvolutionalModel, SquaredErrorLoop
 from data import ImageSource, load_images, take_images
+from PIL import Image
 from settings import parse_settings
 from transformers import AutoModel, ResNetConfig, ResNetModel
 
@@ -134,6 +135,7 @@ def test_the_sweep_runs_what_is_missing(
     settings = json.loads((tmp_path / "sweep" / "w_g_0-3" / "training_args.json").read_text())
     assert (settings["decoder_consistency"], settings["seed"], settings["max_train_steps"]) == (0, 3, 2)
     assert f"| w_g 0 | 3 | {result['psnr']:.2f} |" in capsys.readouterr().out
+    assert Image.open(tmp_path / "sweep" / "curves.png").width > 1000
 
     model = AutoModel.from_pretrained(tmp_path / "sweep" / "w_g_0-3").eval()
     source = ImageSource(dataset_name=str(data), split="test", streaming=True, label_column=None)

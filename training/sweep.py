@@ -4,7 +4,8 @@
         --rows base sparsity-0.1 --seeds 0 1 --output_dir sweep
 
 Without --rows it runs all. Each row and seed is a run of train.py in a folder of its own, and a line of
-OUTPUT_DIR/results.jsonl; those that are there already are not run again. Prints the table at the end.
+OUTPUT_DIR/results.jsonl; those that are there already are not run again. Prints the table at the end, and draws the
+games of the rows asked for into OUTPUT_DIR/curves.png.
 """
 
 import argparse
@@ -18,6 +19,7 @@ from typing import Any
 import torch
 import yaml
 from data import ImageSource, load_images, take_examples
+from matplotlib.figure import Figure
 from torch import Tensor
 from transformers import AutoModel
 
@@ -115,6 +117,8 @@ def main(arguments: argparse.Namespace) -> None:
                 with record.open("a") as file:
                     file.write(json.dumps(results[-1]) + "\n")
     print_table(results)
+    figure = draw([result for result in results if result["row"] in arguments.rows], arguments.output_dir)
+    figure.savefig(arguments.output_dir / "curves.png", dpi=120)
 
 
 def run(row: str, seed: int, arguments: argparse.Namespace) -> dict[str, Any]:
@@ -127,7 +131,7 @@ def run(row: str, seed: int, arguments: argparse.Namespace) -> dict[str, Any]:
     for warmup in ("energy_warmup_steps", "deconvolution_warmup_steps"):
         training[warmup] = round(training.get(warmup, 0) * scale)
     training["max_train_steps"] = arguments.num_train_images // training["train_batch_size"]
-    folder = arguments.output_dir / f"{row.replace(' ', '_')}-{seed}"
+    folder = folder_of(row, seed, arguments.output_dir)
     config = arguments.output_dir / f"{folder.name}.yaml"
     config.write_text(yaml.safe_dump(preset))
     start = time.perf_counter()
@@ -179,6 +183,10 @@ def examples(split: str, count: int, image_size: int, arguments: argparse.Namesp
     return take_examples(load_images(source), count, image_size=image_size, **columns)
 
 
+def folder_of(row: str, seed: int, output_dir: Path) -> Path:
+    return output_dir / f"{row.replace(' ', '_')}-{seed}"
+
+
 def print_table(results: list[dict[str, Any]]) -> None:
     columns = ("change", "seed", "PSNR, dB", "match", "Fréchet", "R(Z), nats", "dR(Z, Zh), nats", "probe", "minutes")
     print(f"| {' | '.join(columns)} |\n|{' --- |' * len(columns)}")
@@ -188,6 +196,29 @@ def print_table(results: list[dict[str, Any]]) -> None:
             f"| {result['frechet_distance']:.2f} | {result['rate']:.1f} | {result['rate_reduction']:.2f} "
             f"| {result['linear_probe']:.1%} | {result['seconds'] / 60:.1f} |"
         )
+
+
+def draw(results: list[dict[str, Any]], output_dir: Path) -> Figure:
+    """PSNR and R(Z) of training batches against the step of the game; PSNR against Fréchet distance at its end."""
+    figure = Figure(figsize=(12, 4), layout="constrained")
+    panels = figure.subplots(1, 3)
+    for result in results:
+        label = result["row"] + (f", seed {result['seed']}" if result["seed"] else "")
+        records = json.loads((folder_of(result["row"], result["seed"], output_dir) / "history.json").read_text())
+        for axes, key in zip(panels, ("psnr", "rate"), strict=False):
+            points = [(record["step"], record[key]) for record in records if key in record]
+            axes.plot(*zip(*points, strict=True), label=label, linewidth=1.2)
+        panels[2].plot(result["psnr"], result["frechet_distance"], "o", label=label)
+    for axes, x, y in zip(
+        panels,
+        ("step", "step", "PSNR of test images, dB"),
+        ("PSNR of training batches, dB", "R(Z) of training batches, nats", "Fréchet distance"),
+        strict=True,
+    ):
+        axes.set(xlabel=x, ylabel=y)
+        axes.grid(alpha=0.3)
+    panels[2].legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1.02, 0.5))
+    return figure
 
 
 if __name__ == "__main__":
