@@ -12,12 +12,14 @@ import torch.nn.functional as F
 import yaml
 from baselines import ConvolutionalConfig, ConvolutionalModel, SquaredErrorLoop
 from data import ImageSource, load_images, take_images
-from PIL import Image
 from settings import parse_settings
+from sklearn.linear_model import LogisticRegression
+from sklearn.preprocessing import StandardScaler
 from transformers import AutoModel, ResNetConfig, ResNetModel
 
 from ctrl_csc_hf import CtrlCscConfig, CtrlCscModel
 from ctrl_csc_hf.closed_loop import ClosedLoopObjective, player_parameters
+from ctrl_csc_hf.presets import load_preset
 
 SHAPE = {
     "image_size": 16,
@@ -95,19 +97,21 @@ def test_wrong_settings_are_refused(tiny_preset: Path, flags: tuple[str, ...], m
         parse_settings(["--config", str(tiny_preset), "--train_data_dir", "somewhere", *flags])
 
 
-def test_every_row_of_the_sweep_is_a_run_that_settings_accept(tmp_path: Path) -> None:
-    from sweep import BASE, ROWS
+def test_every_row_of_the_sweep_is_a_run_that_settings_accept_on_as_many_images(tmp_path: Path) -> None:
+    from sweep import BASE, ROWS, preset_of
 
-    from ctrl_csc_hf.presets import load_preset
-
+    base = load_preset(BASE)
+    phases = ("energy_warmup_steps", "deconvolution_warmup_steps", "max_train_steps")
     for row, changes in ROWS.items():
-        preset = load_preset(BASE)
         for section, values in changes.items():
-            assert all(preset[section].get(key) != value for key, value in values.items()), f"{row} changes nothing"
-            preset[section] |= values
+            assert all(base[section].get(key) != value for key, value in values.items()), f"{row} changes nothing"
         path = tmp_path / "row.yaml"
-        path.write_text(yaml.safe_dump(preset))
-        parse_settings(["--config", str(path)])
+        path.write_text(yaml.safe_dump(preset_of(row, 25_600)))
+        settings, _ = parse_settings(["--config", str(path)])
+        for phase in phases:
+            if phase not in changes.get("training", {}):
+                images = getattr(settings, phase) * settings.train_batch_size
+                assert abs(images - base["training"][phase] * 128) <= settings.train_batch_size, (row, phase)
 
 
 def test_the_sweep_runs_what_is_missing(
@@ -135,14 +139,27 @@ def test_the_sweep_runs_what_is_missing(
     settings = json.loads((tmp_path / "sweep" / "w_g_0-3" / "training_args.json").read_text())
     assert (settings["decoder_consistency"], settings["seed"], settings["max_train_steps"]) == (0, 3, 2)
     assert f"| w_g 0 | 3 | {result['psnr']:.2f} |" in capsys.readouterr().out
-    assert Image.open(tmp_path / "sweep" / "curves.png").width > 1000
+    assert (tmp_path / "sweep" / "curves.png").stat().st_size > 0
+    history = json.loads((tmp_path / "sweep" / "w_g_0-3" / "history.json").read_text())
+    panels = sweep.draw([result], tmp_path / "sweep").axes
+    for axes, key in zip(panels, ("psnr", "rate"), strict=False):
+        (line,) = axes.lines
+        assert line.get_xydata().tolist() == [[record["step"], record[key]] for record in history if key in record]
+    assert panels[2].lines[0].get_xydata().tolist() == [[result["psnr"], result["frechet_distance"]]]
 
     model = AutoModel.from_pretrained(tmp_path / "sweep" / "w_g_0-3").eval()
     source = ImageSource(dataset_name=str(data), split="test", streaming=True, label_column=None)
     measured = take_images(load_images(source), 20, image_column="image", image_size=16)
     with torch.no_grad():
         error = (measured - model(measured).reconstruction).square().mean(dim=(1, 2, 3))
+        latents = model.encode(measured).latents
+        training, labels = sweep.examples("train", 1000, 16, arguments)
+        fitted = model.encode(training).latents
     assert result["psnr"] == pytest.approx((10 * torch.log10(4 / error)).mean().item(), abs=1e-4)
+    scaler = StandardScaler().fit(fitted)
+    probe = LogisticRegression(max_iter=1000).fit(scaler.transform(fitted), labels)
+    _, test_labels = sweep.examples("test", 20, 16, arguments)
+    assert result["linear_probe"] == pytest.approx(probe.score(scaler.transform(latents), test_labels))
 
     written = (tmp_path / "sweep" / "w_g_0-3" / "model.safetensors").stat().st_mtime_ns
     sweep.main(arguments)  # there already

@@ -174,6 +174,7 @@ def test_a_checkpoint_without_records_has_a_card_without_figures(tmp_path: Path)
             "images a process, after 7 on 1/2 |x - g(f(x))|^2.",
         ),
         ({"deconvolution_warmup_steps": 0}, "pixel by pixel. No labels are used."),
+        ({"pretrained_model_name_or_path": "/some/folder"}, "pixel by pixel. No labels are used."),
         ({"pretrained_model_name_or_path": "/some/folder"}, "images a process, from a model trained before."),
         ({"use_ema": False}, "schedule linear.\n"),
         ({"dataset_name": "digits"}, "- Data set: a local folder of images."),  # by that name, here

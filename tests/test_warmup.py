@@ -8,7 +8,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from ema import recompute_statistics
-from warmup import invert_encoder, learn_deconvolution, learn_dictionaries
+from warmup import deconvolution_error, invert_encoder, minimize, sparse_coding_energy
 
 from ctrl_csc_hf import CtrlCscConfig, CtrlCscModel
 from ctrl_csc_hf.metrics import peak_signal_to_noise_ratio
@@ -36,7 +36,8 @@ def accelerator(precision: str = "no") -> Accelerator:
 
 
 def learn(model: CtrlCscModel, images: torch.Tensor, steps: int, precision: str = "no") -> None:
-    learn_dictionaries(accelerator(precision), model, itertools.repeat(images), lambda: False, steps, 1e-2)
+    batches = itertools.repeat(images)
+    assert minimize(sparse_coding_energy, accelerator(precision), model, batches, lambda: False, steps, 1e-2)
     recompute_statistics(model, images, len(images))
 
 
@@ -52,12 +53,19 @@ def test_the_energy_falls_and_atoms_stay_unit_vectors(precision: str) -> None:
     assert all(torch.equal(a, b) for a, b in zip(decoder, model.decoder.parameters(), strict=True))
 
 
-@pytest.mark.parametrize("learn", [learn_dictionaries, learn_deconvolution])
-def test_an_interrupt_ends_it_before_the_next_step(learn: Callable) -> None:
+@pytest.mark.parametrize("loss", [sparse_coding_energy, deconvolution_error])
+def test_an_interrupt_ends_it_before_the_next_step(loss: Callable) -> None:
     model, images = CtrlCscModel(CtrlCscConfig(**CONFIG)).train(), smooth_images()
-    before = [parameter.clone() for parameter in model.parameters()]
-    assert not learn(accelerator(), model, itertools.repeat(images), lambda: True, 3, 1e-2)
-    assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
+    weights = [[parameter.clone() for parameter in model.parameters()]]
+
+    def is_interrupted() -> bool:
+        weights.append([parameter.clone() for parameter in model.parameters()])
+        return len(weights) == 3  # asked for the second time, after one step
+
+    assert not minimize(loss, accelerator(), model, itertools.repeat(images), is_interrupted, 3, 1e-2)
+    _, before_the_step, after = weights
+    assert not all(torch.equal(a, b) for a, b in zip(before_the_step, after, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(after, model.parameters(), strict=True))
 
 
 @pytest.mark.parametrize("precision", ["no", "bf16"])
@@ -70,7 +78,8 @@ def test_the_deconvolution_of_all_stages_then_gives_the_pixels(precision: str, s
     invert_encoder(model, images)
     before = peak_signal_to_noise_ratio(images, model(images).reconstruction).mean()
     encoder = [parameter.clone() for parameter in model.encoder.parameters()]
-    assert learn_deconvolution(accelerator(precision), model, itertools.repeat(images), lambda: False, 30, 1e-2)
+    batches = itertools.repeat(images)
+    assert minimize(deconvolution_error, accelerator(precision), model, batches, lambda: False, 30, 1e-2)
     recompute_statistics(model, images, len(images))
     assert peak_signal_to_noise_ratio(images, model(images).reconstruction).mean() > before + 2
     assert all(dictionary.has_unit_atoms() for dictionary in model.dictionaries())

@@ -5,7 +5,7 @@
 
 Without --rows it runs all. Each row and seed is a run of train.py in a folder of its own, and a line of
 OUTPUT_DIR/results.jsonl; those that are there already are not run again. Prints the table at the end, and draws the
-games of the rows asked for into OUTPUT_DIR/curves.png.
+games of the rows and seeds asked for into OUTPUT_DIR/curves.png.
 """
 
 import argparse
@@ -33,7 +33,6 @@ from ctrl_csc_hf.metrics import (
 from ctrl_csc_hf.presets import load_preset
 
 BASE = "cifar10_sweep"
-BASE_BATCH = 128  # its batch; with another, warm starts see as many images
 BATCH_SIZE = 250
 # What each row changes, in the sections of a preset.
 ROWS: dict[str, dict[str, dict[str, Any]]] = {
@@ -117,20 +116,26 @@ def main(arguments: argparse.Namespace) -> None:
                 with record.open("a") as file:
                     file.write(json.dumps(results[-1]) + "\n")
     print_table(results)
-    figure = draw([result for result in results if result["row"] in arguments.rows], arguments.output_dir)
-    figure.savefig(arguments.output_dir / "curves.png", dpi=120)
+    asked = [result for result in results if result["row"] in arguments.rows and result["seed"] in arguments.seeds]
+    draw(asked, arguments.output_dir).savefig(arguments.output_dir / "curves.png", dpi=120)
+
+
+def preset_of(row: str, num_train_images: int) -> dict[str, dict[str, Any]]:
+    """The preset of a row, each of whose phases sees as many images as the base's, whatever the batch."""
+    preset, base_batch = load_preset(BASE), load_preset(BASE)["training"]["train_batch_size"]
+    for section, changes in ROWS[row].items():
+        preset[section] |= changes
+    training = preset["training"]
+    batch = training["train_batch_size"]
+    for warmup in ("energy_warmup_steps", "deconvolution_warmup_steps"):
+        training[warmup] = round(training.get(warmup, 0) * base_batch / batch)
+    training["max_train_steps"] = num_train_images // batch
+    return preset
 
 
 def run(row: str, seed: int, arguments: argparse.Namespace) -> dict[str, Any]:
     """Trains a row and measures it."""
-    preset = load_preset(BASE)
-    for section, changes in ROWS[row].items():
-        preset[section] |= changes
-    training = preset["training"]
-    scale = BASE_BATCH / training["train_batch_size"]
-    for warmup in ("energy_warmup_steps", "deconvolution_warmup_steps"):
-        training[warmup] = round(training.get(warmup, 0) * scale)
-    training["max_train_steps"] = arguments.num_train_images // training["train_batch_size"]
+    preset = preset_of(row, arguments.num_train_images)
     folder = folder_of(row, seed, arguments.output_dir)
     config = arguments.output_dir / f"{folder.name}.yaml"
     config.write_text(yaml.safe_dump(preset))

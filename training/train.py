@@ -32,7 +32,7 @@ from settings import LOOPS, PRECISIONS, TrainingSettings, parse_settings
 from stream import ImageLoader, ImageStream
 from tqdm.auto import tqdm
 from transformers import AutoModel, get_scheduler
-from warmup import invert_encoder, learn_deconvolution, learn_dictionaries
+from warmup import deconvolution_error, invert_encoder, minimize, sparse_coding_energy
 
 from ctrl_csc_hf import CtrlCscConfig, CtrlCscModel
 from ctrl_csc_hf.closed_loop import player_parameters
@@ -145,19 +145,22 @@ def main(settings: TrainingSettings, config: CtrlCscConfig) -> Path:
     batches = iter(loader)
 
     # What the players know before the game
-    has_warmup = settings.energy_warmup_steps or settings.deconvolution_warmup_steps
-    if has_warmup and history.step == 0 and not settings.pretrained_model_name_or_path:
+    energy_steps, deconvolution_steps = settings.energy_warmup_steps, settings.deconvolution_warmup_steps
+    is_fresh = history.step == 0 and not settings.pretrained_model_name_or_path
+    if is_fresh and (energy_steps or deconvolution_steps):
         images = (to_pixel_values(batch["pixels"], accelerator.device) for batch in batches)
+        finished = True
         with CatchStop() as stop:
-            warmup = (accelerator, model, images, stop.seen)
-            stopped = False
-            if steps := settings.energy_warmup_steps:
-                stopped = not learn_dictionaries(*warmup, steps, settings.energy_warmup_learning_rate)
+            means = (accelerator, model, images, stop.seen)
+            if energy_steps:
+                finished = minimize(sparse_coding_energy, *means, energy_steps, settings.energy_warmup_learning_rate)
                 recompute_statistics(model, calibration, settings.train_batch_size)
                 invert_encoder(model, calibration.to(accelerator.device))
-            if (steps := settings.deconvolution_warmup_steps) and not stopped:
-                stopped = not learn_deconvolution(*warmup, steps, settings.deconvolution_warmup_learning_rate)
-        if stopped:
+            if finished and deconvolution_steps:
+                finished = minimize(
+                    deconvolution_error, *means, deconvolution_steps, settings.deconvolution_warmup_learning_rate
+                )
+        if not finished:
             print("Stopped before the first step of the game; there is no checkpoint to go on from", file=sys.stderr)
             sys.exit(stop.exit_code)
         recompute_statistics(model, calibration, settings.train_batch_size)

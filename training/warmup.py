@@ -1,7 +1,7 @@
-"""Before the game: dictionaries learned from the sparse-coding energy of images alone, and a decoder that inverts f.
+"""Before the game: dictionaries from the sparse-coding energy of images alone, a decoder that inverts f, a fit of both.
 
-The game then begins with reconstructions that have their image's layout, which a decoder with random dictionaries
-has to find first, against an encoder that moves on.
+The game then begins with reconstructions of their images, which a decoder with random dictionaries has to find first,
+against an encoder that moves on.
 """
 
 from collections.abc import Callable, Iterable
@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm.auto import tqdm
 
 from ctrl_csc_hf import CtrlCscModel
@@ -19,7 +19,22 @@ CHANNELWISE = (0, 2, 3)
 FIT_ITERATIONS = 30
 
 
-def learn_dictionaries(
+def sparse_coding_energy(model: CtrlCscModel, images: Tensor) -> Tensor:
+    """E, the energies of the encoder's stages in all, per pixel: images (n, C, H, W) -> (n,). Not of the decoder."""
+    return model.encoder(images, output_energy=True).energy
+
+
+def deconvolution_error(model: CtrlCscModel, images: Tensor) -> Tensor:
+    """1/2 |x - g(f(x))|^2 per pixel, the data term of the deconvolution of all stages: (n, C, H, W) -> (n,).
+
+    E sees one stage at a time; what one of them misses is lost to the next.
+    """
+    reconstruction = model.decoder(model.encoder(images).latents).reconstruction
+    return (images - reconstruction.float()).square().flatten(1).mean(dim=1) / 2
+
+
+def minimize(
+    loss: Callable[[CtrlCscModel, Tensor], Tensor],
     accelerator: Accelerator,
     model: CtrlCscModel,
     batches: Iterable[Tensor],
@@ -27,62 +42,22 @@ def learn_dictionaries(
     steps: int,
     learning_rate: float,
 ) -> bool:
-    """Adam on E, the sparse-coding energy of the encoder's stages, with a learning rate that falls to zero.
+    """Adam on the batch's mean of a loss, with a learning rate that falls to zero.
 
     Args:
+        loss: one of the two above, of images each; what it does not depend on stays as it is.
         accelerator: gives the precision.
         batches: images (n, C, H, W), pixels in [-1, 1]; `steps` of them are taken. Over several processes, its part.
         is_interrupted: asked before each step whether to stop.
-        steps, learning_rate: of Adam.
+        steps, learning_rate: of Adam; at least one step.
 
     Returns:
         Whether it came to its end.
     """
-
-    def energy(images: Tensor) -> Tensor:
-        return model.encoder(images, output_energy=True).energy
-
-    parameters = model.encoder.parameters()
-    return _descend(accelerator, model, energy, parameters, batches, is_interrupted, steps, learning_rate, "E")
-
-
-def learn_deconvolution(
-    accelerator: Accelerator,
-    model: CtrlCscModel,
-    batches: Iterable[Tensor],
-    is_interrupted: Callable[[], bool],
-    steps: int,
-    learning_rate: float,
-) -> bool:
-    """Adam on both nets: 1/2 |x - g(f(x))|^2 per pixel, the data term of the deconvolution of all stages.
-
-    E sees one stage at a time; what one of them misses is lost to the next. Arguments and value as those of
-    `learn_dictionaries`.
-    """
-
-    def error(images: Tensor) -> Tensor:
-        reconstruction = model.decoder(model.encoder(images).latents).reconstruction
-        return (images - reconstruction.float()).square().flatten(1).mean(dim=1) / 2
-
-    name = "1/2 |x - g(f(x))|^2"
-    return _descend(accelerator, model, error, model.parameters(), batches, is_interrupted, steps, learning_rate, name)
-
-
-def _descend(
-    accelerator: Accelerator,
-    model: CtrlCscModel,
-    loss_of: Callable[[Tensor], Tensor],
-    parameters: Iterable[nn.Parameter],
-    batches: Iterable[Tensor],
-    is_interrupted: Callable[[], bool],
-    steps: int,
-    learning_rate: float,
-    name: str,
-) -> bool:
-    """Adam on the mean over the batch of `loss_of(images)` (n,); whether it came to its end."""
-    parameters = list(parameters)
+    parameters = list(model.parameters())
     optimizer = torch.optim.Adam(parameters, learning_rate)
     schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, steps)
+    name = loss.__name__.replace("_", " ")
     progress = tqdm(total=steps, desc=f"before the game: {name}", disable=not accelerator.is_main_process)
     for _, images in zip(range(steps), batches, strict=False):
         if is_interrupted():
@@ -90,15 +65,15 @@ def _descend(
             return False
         count = sum_over_processes(torch.tensor(len(images), device=images.device))
         with accelerator.autocast():
-            loss = loss_of(images).sum() / count
-        loss.backward()
+            mean_loss = loss(model, images).sum() / count
+        mean_loss.backward()
         sum_gradients(parameters)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         schedule.step()
         model.project_parameters()
         progress.update()
-        progress.set_postfix_str(f"{sum_over_processes(loss.detach()).item():.4f}")
+        progress.set_postfix_str(f"{sum_over_processes(mean_loss.detach()).item():.4f}")
     progress.close()
     return True
 
