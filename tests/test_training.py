@@ -80,6 +80,19 @@ def test_a_resumed_run_ends_with_the_weights_of_one_that_never_stopped(train: Tr
         assert torch.equal(first[name], second[name]), name
 
 
+def test_what_was_learnt_before_the_game_is_kept_and_gone_on_from(
+    train: Train, capfd: pytest.CaptureFixture[str]
+) -> None:
+    flags = ("--energy_warmup_steps", "3", "--deconvolution_warmup_steps", "2", "--checkpoints_total_limit", "5")
+    whole = train(*flags, output="whole")
+    assert capfd.readouterr().err.count("before the game: ") > 0
+    resumed = train(*flags, "--resume_from_checkpoint", str(whole / "checkpoint-0"), output="resumed")
+    assert "before the game: " not in capfd.readouterr().err
+    first, second = (load_file(folder / "model.safetensors") for folder in (whole, resumed))
+    for name in first:
+        assert torch.equal(first[name], second[name]), name
+
+
 def test_gradient_accumulation_is_refused_with_the_reason(train: Train, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "2")
     with pytest.raises(

@@ -146,7 +146,7 @@ def main(settings: TrainingSettings, config: CtrlCscConfig) -> Path:
 
     # What the players know before the game
     energy_steps, deconvolution_steps = settings.energy_warmup_steps, settings.deconvolution_warmup_steps
-    is_fresh = history.step == 0 and not settings.pretrained_model_name_or_path
+    is_fresh = checkpoint is None and not settings.pretrained_model_name_or_path
     if is_fresh and (energy_steps or deconvolution_steps):
         images = (to_pixel_values(batch["pixels"], accelerator.device) for batch in batches)
         finished = True
@@ -166,6 +166,7 @@ def main(settings: TrainingSettings, config: CtrlCscConfig) -> Path:
         recompute_statistics(model, calibration, settings.train_batch_size)
         if ema:
             ema.step(model.parameters())  # the first one copies
+        save_checkpoint(accelerator, output_dir, history, settings.checkpoints_total_limit)  # what took so long
 
     # The game
     progress = tqdm(
