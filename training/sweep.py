@@ -1,7 +1,7 @@
 """The ablation of docs/recipe.md: one factor at a time from the preset `cifar10_sweep`, each on as many images.
 
     python training/sweep.py --dataset_name uoft-cs/cifar10 --image_column img --feature_model CLASSIFIER \
-        --rows base sparsity-0.1 --seeds 0 1 --output_dir sweep
+        --rows base "FISTA steps 8" --seeds 0 1 --output_dir sweep
 
 Without --rows it runs all. Each row and seed is a run of train.py in a folder of its own, and a line of
 OUTPUT_DIR/results.jsonl; those that are there already are not run again. Prints the table at the end, and draws the
