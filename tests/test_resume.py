@@ -18,6 +18,7 @@ import psutil
 import pytest
 import torch
 from conftest import TRAINING, random_image
+from run import checkpoints
 from safetensors.torch import load_file
 
 WORKERS = (0, 2, 1, 3)  # of the loader, another number after each kill
@@ -67,10 +68,16 @@ class Run:
         return load_file(self.folder / "model.safetensors")
 
     def wait_for_a_step(self, process: subprocess.Popen) -> None:
+        self.wait_for(process, "images/s")  # of the first step; the evaluation before it can be killed
+
+    def wait_for(self, process: subprocess.Popen, printed: str) -> None:
         deadline = time.monotonic() + START
-        while "images/s" not in self.log.read_text():  # of the first step; the evaluation before it can be killed
+        while printed not in self.log.read_text():
             assert process.poll() is None and time.monotonic() < deadline, self.log.read_text()
             time.sleep(0.05)
+
+    def newest_step(self) -> int:
+        return int(checkpoints(self.folder)[-1].name.removeprefix("checkpoint-"))
 
     def kill(self, process: subprocess.Popen) -> None:
         everyone = psutil.Process(process.pid).children(recursive=True)  # torchrun's are in groups of their own
@@ -112,6 +119,24 @@ def test_a_run_killed_at_random_moments_ends_with_the_bits_of_one_never_stopped(
     got = killed.to_the_end(*flags, "--dataloader_num_workers=1")
     assert_same_bits(got, new_run("whole", processes).to_the_end(*flags))
     assert not list(killed.folder.glob(".checkpoint-*"))  # what a kill left half written is gone
+
+
+@pytest.mark.parametrize("killed", [False, True])
+def test_a_run_that_ends_before_the_game_goes_on_from_there(new_run: Callable[..., Run], killed: bool) -> None:
+    run = new_run("stopped")
+    flags = ("--energy_warmup_steps=2", "--deconvolution_warmup_steps=200", "--max_train_steps=2")
+    process = run.start(*flags, f"--checkpointing_steps={3 if killed else 100000}")
+    run.wait_for(process, "deconvolution error")
+    if killed:
+        while run.newest_step() < -195:  # some steps of the fit are kept
+            assert process.poll() is None, run.log.read_text()
+            time.sleep(0.05)
+        run.kill(process)
+    else:
+        process.terminate()
+        assert process.wait(timeout=60) == 0
+    assert -200 < run.newest_step() < 0
+    assert_same_bits(run.to_the_end(*flags), new_run("whole").to_the_end(*flags))
 
 
 @pytest.mark.parametrize("processes", [1, 2])

@@ -1,5 +1,6 @@
 """What comes before the game: dictionaries from the sparse-coding energy, and a decoder that inverts the encoder."""
 
+import copy
 import itertools
 from collections.abc import Callable
 
@@ -8,7 +9,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from ema import recompute_statistics
-from warmup import deconvolution_error, invert_encoder, minimize, sparse_coding_energy
+from warmup import Descent, deconvolution_error, invert_encoder, sparse_coding_energy
 
 from ctrl_csc_hf import CtrlCscConfig, CtrlCscModel
 from ctrl_csc_hf.metrics import peak_signal_to_noise_ratio
@@ -35,9 +36,17 @@ def accelerator(precision: str = "no") -> Accelerator:
     return Accelerator(mixed_precision=precision)
 
 
+def descend(
+    descent: Descent,
+    images: torch.Tensor,
+    is_interrupted: Callable[[], bool] = lambda: False,
+    precision: str = "no",
+) -> bool:
+    return descent.run(accelerator(precision), itertools.repeat(images), is_interrupted, lambda: None)
+
+
 def learn(model: CtrlCscModel, images: torch.Tensor, steps: int, precision: str = "no") -> None:
-    batches = itertools.repeat(images)
-    assert minimize(sparse_coding_energy, accelerator(precision), model, batches, lambda: False, steps, 1e-2)
+    assert descend(Descent(sparse_coding_energy, model, steps, 1e-2), images, precision=precision)
     recompute_statistics(model, images, len(images))
 
 
@@ -54,18 +63,19 @@ def test_the_energy_falls_and_atoms_stay_unit_vectors(precision: str) -> None:
 
 
 @pytest.mark.parametrize("loss", [sparse_coding_energy, deconvolution_error])
-def test_an_interrupt_ends_it_before_the_next_step(loss: Callable) -> None:
-    model, images = CtrlCscModel(CtrlCscConfig(**CONFIG)).train(), smooth_images()
-    weights = [[parameter.clone() for parameter in model.parameters()]]
-
-    def is_interrupted() -> bool:
-        weights.append([parameter.clone() for parameter in model.parameters()])
-        return len(weights) == 3  # asked for the second time, after one step
-
-    assert not minimize(loss, accelerator(), model, itertools.repeat(images), is_interrupted, 3, 1e-2)
-    _, before_the_step, after = weights
-    assert not all(torch.equal(a, b) for a, b in zip(before_the_step, after, strict=True))
-    assert all(torch.equal(a, b) for a, b in zip(after, model.parameters(), strict=True))
+def test_an_interrupt_ends_it_after_a_step_and_another_goes_on_from_its_state(loss: Callable) -> None:
+    torch.manual_seed(0)
+    whole, images = CtrlCscModel(CtrlCscConfig(**CONFIG)).train(), smooth_images()
+    parted = copy.deepcopy(whole)
+    first = Descent(loss, parted, 4, 1e-2)
+    answers = iter([False, True])
+    assert not descend(first, images, lambda: next(answers))
+    assert first.done == 2
+    second = Descent(loss, parted, 4, 1e-2)
+    second.load_state_dict(copy.deepcopy(first.state_dict()))
+    assert descend(second, images) and descend(Descent(loss, whole, 4, 1e-2), images)
+    for name, tensor in whole.state_dict().items():
+        assert torch.equal(tensor, parted.state_dict()[name]), name
 
 
 @pytest.mark.parametrize("precision", ["no", "bf16"])
@@ -78,8 +88,7 @@ def test_the_deconvolution_of_all_stages_then_gives_the_pixels(precision: str, s
     invert_encoder(model, images)
     before = peak_signal_to_noise_ratio(images, model(images).reconstruction).mean()
     encoder = [parameter.clone() for parameter in model.encoder.parameters()]
-    batches = itertools.repeat(images)
-    assert minimize(deconvolution_error, accelerator(precision), model, batches, lambda: False, 30, 1e-2)
+    assert descend(Descent(deconvolution_error, model, 30, 1e-2), images, precision=precision)
     recompute_statistics(model, images, len(images))
     assert peak_signal_to_noise_ratio(images, model(images).reconstruction).mean() > before + 2
     assert all(dictionary.has_unit_atoms() for dictionary in model.dictionaries())

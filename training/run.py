@@ -25,7 +25,10 @@ EXAMPLES = 4  # held-out images kept as files, for the widget of a published mod
 
 
 class History:
-    """Where a run stands, and what it logged. A checkpoint holds it, with each process's place in its own images."""
+    """Where a run stands, and what it logged. A checkpoint holds it, with each process's place in its own images.
+
+    step: of the game; below 0, the steps that are left before it.
+    """
 
     def __init__(self, loader: ImageLoader) -> None:
         self.step = 0
@@ -142,7 +145,7 @@ def sync(path: Path) -> None:
 
 def checkpoints(output_dir: Path) -> list[Path]:
     """The checkpoints of a run, oldest first."""
-    return sorted(output_dir.glob("checkpoint-*"), key=lambda folder: int(folder.name.split("-")[1]))
+    return sorted(output_dir.glob("checkpoint-*"), key=lambda folder: int(folder.name.removeprefix("checkpoint-")))
 
 
 def find_checkpoint(output_dir: Path, wanted: str) -> Path:

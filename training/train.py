@@ -9,6 +9,7 @@ import os
 import sys
 from dataclasses import asdict
 from pathlib import Path
+from typing import NoReturn
 
 import torch
 from accelerate import Accelerator
@@ -32,7 +33,7 @@ from settings import LOOPS, PRECISIONS, TrainingSettings, parse_settings
 from stream import ImageLoader, ImageStream
 from tqdm.auto import tqdm
 from transformers import AutoModel, get_scheduler
-from warmup import deconvolution_error, invert_encoder, minimize, sparse_coding_energy
+from warmup import Descent, deconvolution_error, invert_encoder, sparse_coding_energy
 
 from ctrl_csc_hf import CtrlCscConfig, CtrlCscModel
 from ctrl_csc_hf.closed_loop import player_parameters
@@ -100,6 +101,10 @@ def main(settings: TrainingSettings, config: CtrlCscConfig) -> Path:
     if settings.torch_compile:
         for player in (model.encoder, model.decoder):
             player.compile(fullgraph=True)
+    energy = Descent(sparse_coding_energy, model, settings.energy_warmup_steps, settings.energy_warmup_learning_rate)
+    fit = Descent(
+        deconvolution_error, model, settings.deconvolution_warmup_steps, settings.deconvolution_warmup_learning_rate
+    )
     betas = (settings.adam_beta1, settings.adam_beta2)
     encoder_parameters, decoder_parameters = player_parameters(model)
     optimizers = [
@@ -121,7 +126,11 @@ def main(settings: TrainingSettings, config: CtrlCscConfig) -> Path:
 
     # The record
     history = History(loader)
-    accelerator.register_for_checkpointing(model, *optimizers, *schedulers, history, *([ema] if ema else []))
+    if not settings.pretrained_model_name_or_path:
+        history.step = -energy.steps - fit.steps  # the game begins at 0
+    accelerator.register_for_checkpointing(
+        model, energy, fit, *optimizers, *schedulers, history, *([ema] if ema else [])
+    )
     if checkpoint:
         accelerator.load_state(str(checkpoint))
         accelerator.print(f"Resumed from {checkpoint}")
@@ -142,31 +151,37 @@ def main(settings: TrainingSettings, config: CtrlCscConfig) -> Path:
         )
         return evaluated
 
+    def end_early(exit_code: int) -> NoReturn:
+        checkpoint = save_checkpoint(accelerator, output_dir, history, settings.checkpoints_total_limit)
+        accelerator.end_training()
+        accelerator.print(f"Stopped; go on with --resume_from_checkpoint {checkpoint}")
+        sys.exit(exit_code)
+
     batches = iter(loader)
 
     # What the players know before the game
-    energy_steps, deconvolution_steps = settings.energy_warmup_steps, settings.deconvolution_warmup_steps
-    is_fresh = checkpoint is None and not settings.pretrained_model_name_or_path
-    if is_fresh and (energy_steps or deconvolution_steps):
+    def count_step() -> None:
+        history.step += 1
+        if history.step < 0 and history.step % settings.checkpointing_steps == 0:
+            save_checkpoint(accelerator, output_dir, history, settings.checkpoints_total_limit)
+
+    if history.step < 0:
         images = (to_pixel_values(batch["pixels"], accelerator.device) for batch in batches)
         finished = True
         with CatchStop() as stop:
-            means = (accelerator, model, images, stop.seen)
-            if energy_steps:
-                finished = minimize(sparse_coding_energy, *means, energy_steps, settings.energy_warmup_learning_rate)
-                recompute_statistics(model, calibration, settings.train_batch_size)
-                invert_encoder(model, calibration.to(accelerator.device))
-            if finished and deconvolution_steps:
-                finished = minimize(
-                    deconvolution_error, *means, deconvolution_steps, settings.deconvolution_warmup_learning_rate
-                )
+            means = (accelerator, images, stop.seen, count_step)
+            if energy.steps and not fit.done:
+                finished = energy.run(*means)
+                if finished:
+                    recompute_statistics(model, calibration, settings.train_batch_size)
+                    invert_encoder(model, calibration.to(accelerator.device))
+            finished = finished and fit.run(*means)
         if not finished:
-            print("Stopped before the first step of the game; there is no checkpoint to go on from", file=sys.stderr)
-            sys.exit(stop.exit_code)
+            end_early(stop.exit_code)
         recompute_statistics(model, calibration, settings.train_batch_size)
         if ema:
             ema.step(model.parameters())  # the first one copies
-        save_checkpoint(accelerator, output_dir, history, settings.checkpoints_total_limit)  # what took so long
+        save_checkpoint(accelerator, output_dir, history, settings.checkpoints_total_limit)
 
     # The game
     progress = tqdm(
@@ -226,11 +241,8 @@ def main(settings: TrainingSettings, config: CtrlCscConfig) -> Path:
                     stop.exit_code = COLLAPSED
 
     if stopped:
-        checkpoint = save_checkpoint(accelerator, output_dir, history, settings.checkpoints_total_limit)
         progress.close()
-        accelerator.end_training()
-        accelerator.print(f"Stopped; go on with --resume_from_checkpoint {checkpoint}")
-        sys.exit(stop.exit_code)
+        end_early(stop.exit_code)
 
     history.gather_places()
     progress.close()

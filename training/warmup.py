@@ -4,7 +4,8 @@ The game then begins with reconstructions of their images, which a decoder with 
 against an encoder that moves on.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -33,49 +34,79 @@ def deconvolution_error(model: CtrlCscModel, images: Tensor) -> Tensor:
     return (images - reconstruction.float()).square().flatten(1).mean(dim=1) / 2
 
 
-def minimize(
-    loss: Callable[[CtrlCscModel, Tensor], Tensor],
-    accelerator: Accelerator,
-    model: CtrlCscModel,
-    batches: Iterable[Tensor],
-    is_interrupted: Callable[[], bool],
-    steps: int,
-    learning_rate: float,
-) -> bool:
-    """Adam on the batch's mean of a loss, with a learning rate that falls to zero.
+class Descent:
+    """Adam on the batch's mean of a loss, with a learning rate that falls to zero. A checkpoint holds where it stands.
 
     Args:
         loss: one of the two above, of images each; what it does not depend on stays as it is.
-        accelerator: gives the precision.
-        batches: images (n, C, H, W), pixels in [-1, 1]; `steps` of them are taken. Over several processes, its part.
-        is_interrupted: asked before each step whether to stop.
-        steps, learning_rate: of Adam; at least one step.
-
-    Returns:
-        Whether it came to its end.
+        model: whose parameters are learned.
+        steps, learning_rate: of Adam.
     """
-    parameters = list(model.parameters())
-    optimizer = torch.optim.Adam(parameters, learning_rate)
-    schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, steps)
-    name = loss.__name__.replace("_", " ")
-    progress = tqdm(total=steps, desc=f"before the game: {name}", disable=not accelerator.is_main_process)
-    for _, images in zip(range(steps), batches, strict=False):
-        if is_interrupted():
-            progress.close()
-            return False
-        count = sum_over_processes(torch.tensor(len(images), device=images.device))
-        with accelerator.autocast():
-            mean_loss = loss(model, images).sum() / count
-        mean_loss.backward()
-        sum_gradients(parameters)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        schedule.step()
-        model.project_parameters()
-        progress.update()
-        progress.set_postfix_str(f"{sum_over_processes(mean_loss.detach()).item():.4f}")
-    progress.close()
-    return True
+
+    def __init__(
+        self, loss: Callable[[CtrlCscModel, Tensor], Tensor], model: CtrlCscModel, steps: int, learning_rate: float
+    ) -> None:
+        self.loss, self.model, self.steps, self.done = loss, model, steps, 0
+        self.optimizer = torch.optim.Adam(model.parameters(), learning_rate)
+        self.schedule = torch.optim.lr_scheduler.LinearLR(self.optimizer, 1.0, 0.0, max(steps, 1))
+
+    def run(
+        self,
+        accelerator: Accelerator,
+        batches: Iterator[Tensor],
+        is_interrupted: Callable[[], bool],
+        after_step: Callable[[], None],
+    ) -> bool:
+        """Makes the steps that are left.
+
+        Args:
+            accelerator: gives the precision.
+            batches: images (n, C, H, W), pixels in [-1, 1], one for each step. Over several processes, its part.
+            is_interrupted: asked after each step but the last whether to stop.
+            after_step: called after each step.
+
+        Returns:
+            Whether it came to its end.
+        """
+        parameters = list(self.model.parameters())
+        name = self.loss.__name__.replace("_", " ")
+        with tqdm(
+            total=self.steps,
+            initial=self.done,
+            desc=f"before the game: {name}",
+            disable=not accelerator.is_main_process,
+        ) as progress:
+            while self.done < self.steps:
+                images = next(batches)
+                count = sum_over_processes(torch.tensor(len(images), device=images.device))
+                with accelerator.autocast():
+                    mean_loss = self.loss(self.model, images).sum() / count
+                mean_loss.backward()
+                sum_gradients(parameters)
+                self.optimizer.step()
+                self.optimizer.zero_grad(set_to_none=True)
+                self.schedule.step()
+                self.model.project_parameters()
+                self.done += 1
+                progress.update()
+                progress.set_postfix_str(f"{sum_over_processes(mean_loss.detach()).item():.4f}")
+                after_step()
+                if self.done < self.steps and is_interrupted():
+                    return False
+        self.optimizer.state.clear()  # of no use to the checkpoints of the game
+        return True
+
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            "done": self.done,
+            "optimizer": self.optimizer.state_dict(),
+            "schedule": self.schedule.state_dict(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.done = state["done"]
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.schedule.load_state_dict(state["schedule"])
 
 
 @torch.no_grad()
