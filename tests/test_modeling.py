@@ -232,6 +232,18 @@ def test_bfloat16_autocast_is_finite_and_close(shared, normalization):
     assert all(p.grad is None or p.grad.isfinite().all() for p in model.parameters())
 
 
+@pytest.mark.parametrize("shared", [False, True])
+def test_a_model_in_channels_last_order_is_saved_as_it_is(shared, tmp_path):
+    model = build_model(shared).to(memory_format=torch.channels_last)
+    model.save_pretrained(tmp_path)
+    loaded = CtrlCscModel.from_pretrained(tmp_path).state_dict()
+    assert loaded.keys() == model.state_dict().keys()
+    assert all(torch.equal(tensor, loaded[name]) for name, tensor in model.state_dict().items())
+    saved = load_file(tmp_path / "model.safetensors")
+    assert ("decoder.last_stage.dictionary" in saved) is not shared  # once, if shared
+    assert not model.encoder.stages[0].dictionary.is_contiguous()  # the model itself stays as it was
+
+
 def test_channels_last_gives_the_same():
     model, x = build_model(), images()
     expected = model(x)

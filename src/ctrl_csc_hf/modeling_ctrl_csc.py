@@ -95,6 +95,18 @@ class CtrlCscPreTrainedModel(PreTrainedModel):
             model.project_parameters()
         return loaded
 
+    def save_pretrained(
+        self, save_directory: Any, *args: Any, state_dict: dict[str, Tensor] | None = None, **kwargs: Any
+    ) -> None:
+        # transformers finds shared weights, such as dictionaries, by their place in memory, but in channels-last order
+        # it cannot measure them: it gets copies in the usual order, of weights that are shared one copy.
+        state_dict = dict(self.state_dict() if state_dict is None else state_dict)
+        copies: dict[int, Tensor] = {}
+        for name, tensor in state_dict.items():
+            if not tensor.is_contiguous():
+                state_dict[name] = copies.setdefault(tensor.data_ptr(), tensor.contiguous())
+        super().save_pretrained(save_directory, *args, state_dict=state_dict, **kwargs)
+
     def dictionaries(self) -> Iterator[ConvolutionalDictionary]:
         return (module for module in self.modules() if isinstance(module, ConvolutionalDictionary))
 
