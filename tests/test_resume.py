@@ -89,8 +89,11 @@ class Run:
 
 @pytest.fixture
 def new_run(tiny_preset: Path, shards: Path, tmp_path: Path) -> Callable[..., Run]:
-    def new(name: str, processes: int = 1) -> Run:
-        return Run(tiny_preset, shards, tmp_path / name, processes)
+    def new(name: str, processes: int = 1, shared: bool = False) -> Run:
+        model = "model:\n" + shared * "  share_dictionaries: true\n"
+        preset = tmp_path / f"{name}.yaml"
+        preset.write_text(tiny_preset.read_text().replace("model:\n", model))
+        return Run(preset, shards, tmp_path / name, processes)
 
     return new
 
@@ -102,14 +105,19 @@ def assert_same_bits(first: dict[str, torch.Tensor], second: dict[str, torch.Ten
 
 
 @pytest.mark.parametrize(
-    ("processes", "kills"),
-    [(1, 3), (2, 1), pytest.param(1, 10, marks=pytest.mark.slow), pytest.param(2, 10, marks=pytest.mark.slow)],
+    ("processes", "kills", "shared"),
+    [
+        (1, 3, True),
+        (2, 1, False),
+        pytest.param(1, 10, False, marks=pytest.mark.slow),
+        pytest.param(2, 10, True, marks=pytest.mark.slow),
+    ],
 )
 def test_a_run_killed_at_random_moments_ends_with_the_bits_of_one_never_stopped(
-    new_run: Callable[..., Run], processes: int, kills: int
+    new_run: Callable[..., Run], processes: int, kills: int, shared: bool
 ) -> None:
     flags = (f"--max_train_steps={60 * kills}", "--checkpointing_steps=3", "--energy_warmup_steps=3")
-    killed, moment = new_run("killed", processes), random.Random(kills)
+    killed, moment = new_run("killed", processes, shared), random.Random(kills)
     for index in range(kills):
         process = killed.start(*flags, f"--dataloader_num_workers={WORKERS[index % len(WORKERS)]}")
         killed.wait_for_a_step(process)
@@ -117,13 +125,15 @@ def test_a_run_killed_at_random_moments_ends_with_the_bits_of_one_never_stopped(
         assert process.poll() is None, "it ended before it could be killed"
         killed.kill(process)
     got = killed.to_the_end(*flags, "--dataloader_num_workers=1")
-    assert_same_bits(got, new_run("whole", processes).to_the_end(*flags))
+    assert_same_bits(got, new_run("whole", processes, shared).to_the_end(*flags))
     assert not list(killed.folder.glob(".checkpoint-*"))  # what a kill left half written is gone
 
 
-@pytest.mark.parametrize("killed", [False, True])
-def test_a_run_that_ends_before_the_game_goes_on_from_there(new_run: Callable[..., Run], killed: bool) -> None:
-    run = new_run("stopped")
+@pytest.mark.parametrize(("killed", "shared"), [(False, False), (True, True)])
+def test_a_run_that_ends_before_the_game_goes_on_from_there(
+    new_run: Callable[..., Run], killed: bool, shared: bool
+) -> None:
+    run = new_run("stopped", shared=shared)
     flags = ("--energy_warmup_steps=2", "--deconvolution_warmup_steps=200", "--max_train_steps=2")
     process = run.start(*flags, f"--checkpointing_steps={3 if killed else 100000}")
     run.wait_for(process, "deconvolution error")
@@ -136,7 +146,7 @@ def test_a_run_that_ends_before_the_game_goes_on_from_there(new_run: Callable[..
         process.terminate()
         assert process.wait(timeout=60) == 0
     assert -200 < run.newest_step() < 0
-    assert_same_bits(run.to_the_end(*flags), new_run("whole").to_the_end(*flags))
+    assert_same_bits(run.to_the_end(*flags), new_run("whole", shared=shared).to_the_end(*flags))
 
 
 @pytest.mark.parametrize("processes", [1, 2])
