@@ -168,7 +168,7 @@ def find_checkpoint(output_dir: Path, wanted: str) -> Path:
 def held_out_figures(
     model: CtrlCscModel, images: Tensor, batch_size: int, distortion: float
 ) -> tuple[dict[str, float], Tensor]:
-    """Figures on held-out images (n, C, H, W), and the reconstructions of the first `GRID_IMAGES`.
+    """Figures on held-out images (n, C, H, W), and the reconstructions of the first `GRID_IMAGES`, on the CPU.
 
     PSNR in dB, the mean over images; match, the share of reconstructions whose nearest latent is their own
     original's; R(Z), R(Zh) and dR(Z, Zh) in nats.
@@ -183,7 +183,7 @@ def held_out_figures(
         latents.append(output.latents)
         reconstructed.append(output.reconstructed_latents)
         if len(reconstructions) * batch_size < GRID_IMAGES:
-            reconstructions.append(output.reconstruction)
+            reconstructions.append(output.reconstruction.cpu())
     model.train(was_training)
     z, zh = torch.cat(latents), torch.cat(reconstructed)
     figures = {

@@ -133,6 +133,8 @@ def main(settings: TrainingSettings, config: CtrlCscConfig) -> Path:
     )
     if checkpoint:
         accelerator.load_state(str(checkpoint))
+        if ema:
+            ema.to(accelerator.device)  # accelerate loads it to the CPU, and it stays where it is loaded
         accelerator.print(f"Resumed from {checkpoint}")
     accelerator.init_trackers("ctrl_csc", config=asdict(settings))
 

@@ -1,0 +1,154 @@
+"""On a GPU everything gives what the CPU gives. No continuous integration here has one: these tests wait for yours."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pytest
+import torch
+from conftest import load_script, random_image
+from safetensors.torch import load_file
+from test_evaluate import autoencoder_of_diffusers, classifier
+from torch import Tensor
+
+from ctrl_csc_hf import ConvolutionalSparseCoding, CtrlCscConfig, CtrlCscImageProcessor, CtrlCscModel, CtrlCscPipeline
+from ctrl_csc_hf.closed_loop import ClosedLoop, ClosedLoopObjective, player_parameters
+from ctrl_csc_hf.encoding import encode_dataset
+from ctrl_csc_hf.fitting import fit_sampler
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+
+Train = Callable[..., Path]
+CONFIG = {
+    "image_size": 16,
+    "latent_dim": 8,
+    "stage_channels": [8, 8],
+    "kernel_sizes": [4, 4, 4],
+    "strides": [2, 2, 1],
+    "paddings": [1, 1, 0],
+}
+
+
+@pytest.fixture(autouse=True)
+def float32_convolutions(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)  # by which they are of 10 bits otherwise
+
+
+def on_both(**config: Any) -> tuple[CtrlCscModel, CtrlCscModel]:
+    torch.manual_seed(0)
+    model = CtrlCscModel(CtrlCscConfig(**CONFIG | config)).train()
+    with torch.no_grad():
+        model(torch.rand(40, 3, 16, 16) * 2 - 1)  # running statistics
+    on_gpu = CtrlCscModel(CtrlCscConfig(**CONFIG | config))
+    on_gpu.load_state_dict(model.state_dict())
+    return model, on_gpu.train().cuda()
+
+
+def assert_same(got: Any, expected: Any, tolerance: float = 1e-4) -> None:
+    torch.testing.assert_close(
+        *(torch.as_tensor(value).cpu() for value in (got, expected)), rtol=tolerance, atol=tolerance
+    )
+
+
+@pytest.mark.parametrize("objective", ["binary", "multi", "unsupervised"])
+@pytest.mark.parametrize("normalization", ["batch_norm", "inverse"])
+def test_the_loop_has_the_same_figures_and_gradients(objective: str, normalization: str) -> None:
+    images, labels = torch.rand(24, 3, 16, 16) * 2 - 1, torch.arange(24) % 3
+    found: list[list[Tensor]] = []
+    for model in on_both(decoder_normalization=normalization):
+        device = model.device
+        optimizers = [torch.optim.SGD(part, 0.1) for part in player_parameters(model)]
+        terms = ClosedLoopObjective(objective, num_classes=3, augmentation_consistency=1.0, energy=1.0)
+        loop = ClosedLoop(model, terms, *optimizers, reconstruction_statistics="images")
+        figures = loop.backward(images.to(device), labels.to(device), images.flip(3).to(device))
+        gradients = torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
+        found.append([*vars(figures).values(), gradients / gradients.norm()])
+        loop.step(images.to(device), labels.to(device), images.flip(3).to(device))
+    for got, expected in zip(found[1], found[0], strict=True):
+        assert_same(got, expected, 1e-3)
+
+
+def test_the_implicit_gradient_is_the_same() -> None:
+    torch.manual_seed(0)
+    stage = ConvolutionalSparseCoding(4, 8, 4, 2, 1, ridge=1.0, num_iterations=16, gradient="implicit")
+    signal, found = torch.randn(3, 4, 8, 8), []
+    for device in ("cpu", "cuda"):
+        x = signal.to(device).requires_grad_()
+        found.append(torch.autograd.grad(stage.to(device).encode(x).square().sum(), x)[0])
+    assert_same(found[1], found[0])
+
+
+def test_both_halves_compile_into_one_graph_each_and_give_the_same() -> None:
+    _, model = on_both()
+    model.eval()
+    images = (torch.rand(6, 3, 16, 16) * 2 - 1).cuda()
+    expected = model(images).reconstruction
+    model.encoder.compile(fullgraph=True)
+    model.decoder.compile(fullgraph=True)
+    assert_same(model(images).reconstruction, expected)
+
+
+@pytest.mark.parametrize("precision", ["no", "bf16"])
+def test_a_run_goes_on_where_it_was(train: Train, precision: str) -> None:
+    flags = ("--mixed_precision", precision, "--energy_warmup_steps", "2", "--deconvolution_warmup_steps", "2")
+    whole = train(*flags, "--checkpoints_total_limit", "5", output="whole")
+    resumed = train(*flags, "--resume_from_checkpoint", str(whole / "checkpoint-2"), output="resumed")
+    first, second = (load_file(folder / "model.safetensors") for folder in (whole, resumed))
+    for name in first:  # cuDNN adds gradients up in any order
+        assert_same(second[name], first[name], 0.05 if precision == "bf16" else 1e-3)
+
+
+def test_evaluation_runs_to_its_end(train: Train, image_folder: Path, tmp_path: Path) -> None:
+    model = train("--objective", "multi", "--augmentation_consistency", "1")
+    squared_error = train("--loop", "squared_error", output="squared_error")
+    evaluate = load_script("evaluate")
+    kl = autoencoder_of_diffusers(tmp_path / "kl")
+    results = evaluate.main(
+        evaluate.EvaluationSettings(
+            model=str(model),
+            rivals=[f"squared error={squared_error}"],
+            diffusers_autoencoders=[kl],
+            feature_model=classifier(tmp_path / "resnet"),
+            feature_size=32,
+            train_data_dir=str(image_folder),
+            split="train",
+            num_images=40,
+            num_frechet_images=30,
+            num_probe_images=60,
+            unseen_dataset_name=str(image_folder),
+            unseen_split="train",
+            num_unseen_images=20,
+            output_dir=str(model),
+        )
+    )
+    assert list(results) == ["CTRL-CSC", "squared error", kl, "PCA, 8 numbers", "mean image"]
+    assert all(0 < figures["psnr"] < 60 for figures in results.values())
+    assert (model / "correlations.png").exists()
+
+
+def test_the_pipeline_gives_the_same() -> None:
+    images = [random_image(index, (16, 16)) for index in range(6)]
+    processor = CtrlCscImageProcessor(image_size=16)
+    dataset = datasets.Dataset.from_dict({"image": images, "label": [0, 0, 0, 1, 1, 1]})
+    mask = torch.zeros(16, 16, dtype=torch.bool)
+    mask[4:9] = True
+    found = []
+    for model in on_both():
+        batches = list(encode_dataset(dataset, model.eval(), processor, label_column="label"))
+        pipe = CtrlCscPipeline(model, processor, fit_sampler(batches))
+        pipe.set_progress_bar_config(disable=True)
+        output = pipe(images, output_type="pt", return_latents=True, return_codes=True)
+        found.append(
+            [
+                output.images, output.latents, *output.codes, pipe.decode(output.latents, "pt"),
+                pipe.denoise(images, 0.2, output_type="pt"),
+                pipe.inpaint(images, mask, output_type="pt"),
+                pipe.inpaint(images, mask, keep_known=True, output_type="pt"),
+                pipe.interpolate(images[0], images[1], 4, "pt"),
+                pipe.sample(3, label=1, generator=torch.Generator().manual_seed(0), output_type="pt"),
+                pipe.calibrate_denoising(images, [0.1, 0.3]),
+            ]
+        )  # fmt: skip
+    for got, expected in zip(found[1], found[0], strict=True):
+        assert_same(got, expected, 1e-3)
