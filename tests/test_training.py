@@ -162,7 +162,10 @@ def test_old_checkpoints_are_removed_beyond_the_limit(train: Train) -> None:
     ("--energy", "0.1", "--mixed_precision", "bf16", "--gradient_checkpointing"),
     ("--energy_warmup_steps", "3", "--deconvolution_warmup_steps", "2", "--reconstruction_statistics", "images",
      "--gradient_checkpointing"),
-    pytest.param(("--torch_compile", "--mixed_precision", "bf16"), marks=pytest.mark.slow),
+    pytest.param(
+        ("--torch_compile", "--mixed_precision", "bf16", "--train_batch_size", "4", "--energy_warmup_steps", "2",
+         "--deconvolution_warmup_steps", "2"), marks=pytest.mark.slow,
+    ),
 ])  # fmt: skip
 def test_every_objective_and_weight_trains(train: Train, flags: tuple[str, ...]) -> None:
     metrics = json.loads((train(*flags, "--max_train_steps", "2") / "metrics.json").read_text())

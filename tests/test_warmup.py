@@ -50,6 +50,22 @@ def learn(model: CtrlCscModel, images: torch.Tensor, steps: int, precision: str 
     recompute_statistics(model, images, len(images))
 
 
+def test_recomputed_statistics_are_means_over_batches_and_compile_nothing() -> None:
+    torch.manual_seed(0)
+    model, images = CtrlCscModel(CtrlCscConfig(**CONFIG)).train(), smooth_images()
+    first = model.encoder.stages[0].encode(images).detach()
+    compiled = []
+    for player in (model.encoder, model.decoder):
+        player.compile(backend=lambda graph, _: compiled.append(graph) or graph.forward)
+    recompute_statistics(model, images, 8)
+    torch.testing.assert_close(model.encoder.norms[0].running_mean, first.mean(dim=(0, 2, 3)))
+    variances = [batch.transpose(0, 1).flatten(1).var(dim=1) for batch in first.split(8)]
+    torch.testing.assert_close(model.encoder.norms[0].running_var, torch.stack(variances).mean(dim=0))
+    assert not compiled
+    model(images)
+    assert compiled  # elsewhere they still are
+
+
 @pytest.mark.parametrize("precision", ["no", "bf16"])
 def test_the_energy_falls_and_atoms_stay_unit_vectors(precision: str) -> None:
     torch.manual_seed(0)

@@ -27,6 +27,7 @@ def averaged_model(model: CtrlCscModel, ema: EMAModel, images: Tensor, batch_siz
 
 
 @torch.no_grad()
+@torch.compiler.set_stance("force_eager")  # a compiled model would be compiled anew for each momentum below
 def recompute_statistics(model: CtrlCscModel, images: Tensor, batch_size: int) -> None:
     """Sets the running statistics of every batch norm to the means over the batches of `images`.
 

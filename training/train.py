@@ -99,6 +99,7 @@ def main(settings: TrainingSettings, config: CtrlCscConfig) -> Path:
     if settings.gradient_checkpointing:
         model.gradient_checkpointing_enable()
     if settings.torch_compile:
+        torch._functorch.config.donated_buffer = False  # a step of the game goes back through its graph twice
         for player in (model.encoder, model.decoder):
             player.compile(fullgraph=True)
     energy = Descent(sparse_coding_energy, model, settings.energy_warmup_steps, settings.energy_warmup_learning_rate)
