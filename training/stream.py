@@ -59,12 +59,15 @@ class Place:
 
 @dataclass
 class Chunk:
-    """Neighbours in a lane: uint8 (m, 3, s, s), labels (m,) or None, those skipped, and where the lane then stands."""
+    """Neighbours in a lane: uint8 (m, 3, s, s), labels (m,) or None, those skipped, and where the lane then stands.
+
+    Arrays: a tensor's way out of a worker takes the main process a round trip to that worker.
+    """
 
     lane: int
     end: Start
-    pixels: Tensor
-    labels: Tensor | None
+    pixels: np.ndarray
+    labels: np.ndarray | None
     unreadable: list[str]
 
 
@@ -246,8 +249,9 @@ class ImageStream(IterableDataset):
                 continue
             if self.label_column is not None:
                 labels.append(int(columns[self.label_column]))
-        stacked = torch.from_numpy(np.stack(pixels)) if pixels else torch.empty(0, 3, 0, 0, dtype=torch.uint8)
-        return Chunk(lane, end, stacked, torch.tensor(labels) if self.label_column is not None else None, unreadable)
+        stacked = np.stack(pixels) if pixels else np.empty((0, 3, 0, 0), np.uint8)
+        labelled = None if self.label_column is None else np.array(labels, np.int64)
+        return Chunk(lane, end, stacked, labelled, unreadable)
 
 
 class ImageLoader:
@@ -294,7 +298,7 @@ class ImageLoader:
         return self._batches(endless=False)
 
     def _batches(self, endless: bool) -> Iterator[dict[str, Tensor]]:
-        parts: list[tuple[Tensor, Tensor | None]] = []
+        parts: list[tuple[np.ndarray, np.ndarray | None]] = []
         missing = self.batch_size
         while True:
             for chunk in self._rest_of_epoch():
@@ -343,10 +347,10 @@ def _leave_signals_to_the_main_process(_: int) -> None:
     os.setpgrp()
 
 
-def _batch(parts: list[tuple[Tensor, Tensor | None]]) -> dict[str, Tensor]:
-    batch = {"pixels": torch.cat([pixels for pixels, _ in parts])}
+def _batch(parts: list[tuple[np.ndarray, np.ndarray | None]]) -> dict[str, Tensor]:
+    batch = {"pixels": torch.from_numpy(np.concatenate([pixels for pixels, _ in parts]))}
     if parts[0][1] is not None:
-        batch["labels"] = torch.cat([labels for _, labels in parts if labels is not None])
+        batch["labels"] = torch.from_numpy(np.concatenate([labels for _, labels in parts if labels is not None]))
     return {name: tensor.pin_memory() for name, tensor in batch.items()} if torch.cuda.is_available() else batch
 
 
