@@ -114,11 +114,12 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     if options.device.type == "cpu":
         torch.set_num_threads(1)
     bench = Bench(options.device, repeats=2 if options.short else 9, short=options.short)
+    described = machine(options.device)  # before the minutes of measuring, in case it cannot
     rows: list[Row] = []
     for name in options.only:
         torch.manual_seed(0)
         rows += COMPARISONS[name](bench)
-    results = {"machine": machine(options.device), "repeats": bench.repeats, "rows": [asdict(row) for row in rows]}
+    results = {"machine": described, "repeats": bench.repeats, "rows": [asdict(row) for row in rows]}
     print(as_table(rows))
     options.output.write_text(json.dumps(results, indent=1) + "\n")
     return results

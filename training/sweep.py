@@ -18,10 +18,10 @@ from typing import Any
 
 import torch
 import yaml
+from autoencoders import load_model
 from data import ImageSource, load_images, take_examples
 from matplotlib.figure import Figure
 from torch import Tensor
-from transformers import AutoModel
 
 from ctrl_csc_hf.metrics import (
     ClosedLoopConsistency,
@@ -156,7 +156,7 @@ def run(row: str, seed: int, arguments: argparse.Namespace) -> dict[str, Any]:
 @torch.inference_mode()
 def measure(folder: Path, arguments: argparse.Namespace) -> dict[str, float]:
     """PSNR, match, Fréchet distance and probes of the test images; R(Z) and dR of the run's own held-out images."""
-    model = AutoModel.from_pretrained(folder).eval()
+    model = load_model(str(folder), "cpu")
     images, labels = examples("test", arguments.num_images, model.config.image_size, arguments)
     fitted_images, fitted_labels = examples("train", arguments.num_probe_images, model.config.image_size, arguments)
     features = VisionFeatures(arguments.feature_model)
