@@ -12,7 +12,7 @@ bench: .venv/.installed
 	$(BIN)/python benchmarks/bench.py $(BENCH)
 
 test: lint
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n logical --maxprocesses 4 --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
 lint: .venv/.installed
 	$(BIN)/ruff check .
