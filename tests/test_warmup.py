@@ -42,7 +42,7 @@ def descend(
     is_interrupted: Callable[[], bool] = lambda: False,
     precision: str = "no",
 ) -> bool:
-    return descent.run(accelerator(precision), itertools.repeat(images), is_interrupted, lambda: None)
+    return descent.run(accelerator(precision), itertools.repeat(images), is_interrupted, lambda _: None)
 
 
 def learn(model: CtrlCscModel, images: torch.Tensor, steps: int, precision: str = "no") -> None:
@@ -57,6 +57,7 @@ def test_recomputed_statistics_are_means_over_batches_and_compile_nothing() -> N
     compiled = []
     for player in (model.encoder, model.decoder):
         player.compile(backend=lambda graph, _: compiled.append(graph) or graph.forward)
+    invert_encoder(model, images)
     recompute_statistics(model, images, 8)
     torch.testing.assert_close(model.encoder.norms[0].running_mean, first.mean(dim=(0, 2, 3)))
     variances = [batch.transpose(0, 1).flatten(1).var(dim=1) for batch in first.split(8)]
@@ -64,6 +65,25 @@ def test_recomputed_statistics_are_means_over_batches_and_compile_nothing() -> N
     assert not compiled
     model(images)
     assert compiled  # elsewhere they still are
+
+
+def test_a_loss_that_is_not_finite_ends_the_descent_before_its_step() -> None:
+    torch.manual_seed(0)
+    model, images = CtrlCscModel(CtrlCscConfig(**CONFIG)).train(), smooth_images()
+    factors = iter([1.0, float("inf")])
+
+    def loss(model: CtrlCscModel, images: torch.Tensor) -> torch.Tensor:
+        return deconvolution_error(model, images) * next(factors)
+
+    after_one_step = []
+    descent = Descent(loss, model, 5, 1e-3)
+    with pytest.raises(FloatingPointError, match="the loss is inf"):
+        descent.run(
+            accelerator(), itertools.repeat(images), lambda: False,
+            lambda _: after_one_step.extend(p.clone() for p in model.parameters()),
+        )  # fmt: skip
+    assert descent.done == 1
+    assert all(torch.equal(p, q) for p, q in zip(model.parameters(), after_one_step, strict=True))
 
 
 @pytest.mark.parametrize("precision", ["no", "bf16"])

@@ -80,7 +80,7 @@ class TrainingSettings:
     deconvolution_warmup_learning_rate: float = option(2e-3, "Learning rate of those, which falls to zero.")
 
     # Optimisation
-    max_train_steps: int = option(45_000, "Steps in all.")
+    max_train_steps: int = option(45_000, "Steps of the game, which follow those before it.")
     train_batch_size: int = option(256, "Images a step.")
     encoder_learning_rate: float = option(1.5e-4, "Learning rate of the encoder, and of what the players share.")
     decoder_learning_rate: float = option(5e-4, "Learning rate of the decoder.")
@@ -98,7 +98,7 @@ class TrainingSettings:
     output_dir: str = option("ctrl-csc-model", "Where everything is written.")
     logging_dir: str = option("logs", "Folder of the tracker's files inside output_dir.")
     logging_steps: int = option(10, "Steps between two logged figures.")
-    validation_steps: int = option(500, "Steps between two evaluations on held-out images, with a sample grid.")
+    validation_steps: int = option(500, "Steps of the game between two evaluations on held-out images.")
     checkpointing_steps: int = option(500, "Steps between two checkpoints.")
     checkpoints_total_limit: int | None = option(2, "Checkpoints kept; older ones are removed.")
     resume_from_checkpoint: str | None = option(None, "A checkpoint folder, or 'latest'.")

@@ -61,7 +61,8 @@ class Place:
 class Chunk:
     """Neighbours in a lane: uint8 (m, 3, s, s), labels (m,) or None, those skipped, and where the lane then stands.
 
-    Arrays: a tensor's way out of a worker takes the main process a round trip to that worker.
+    Arrays: a tensor's way out of a worker takes the main process a round trip to that worker, longer than a copy of so
+    few images.
     """
 
     lane: int

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import NoReturn
 
 import torch
+import torch._functorch.config as functorch_config
 from accelerate import Accelerator
 from accelerate.utils import ProjectConfiguration, set_seed
 from augmentation import augment
@@ -99,7 +100,7 @@ def main(settings: TrainingSettings, config: CtrlCscConfig) -> Path:
     if settings.gradient_checkpointing:
         model.gradient_checkpointing_enable()
     if settings.torch_compile:
-        torch._functorch.config.donated_buffer = False  # a step of the game goes back through its graph twice
+        functorch_config.donated_buffer = False  # a step of the game goes back through its graph twice
         for player in (model.encoder, model.decoder):
             player.compile(fullgraph=True)
     energy = Descent(sparse_coding_energy, model, settings.energy_warmup_steps, settings.energy_warmup_learning_rate)
@@ -160,11 +161,18 @@ def main(settings: TrainingSettings, config: CtrlCscConfig) -> Path:
         accelerator.print(f"Stopped; go on with --resume_from_checkpoint {checkpoint}")
         sys.exit(exit_code)
 
+    def not_finite(error: FloatingPointError) -> FloatingPointError:
+        return FloatingPointError(
+            f"step {history.step + 1}: {error}. The run stops; the last checkpoint in {output_dir} is intact."
+        )
+
     batches = iter(loader)
 
     # What the players know before the game
-    def count_step() -> None:
+    def count_step(loss: float) -> None:
         history.step += 1
+        if history.step % settings.logging_steps == 0:
+            history.record(loss=loss)
         if history.step < 0 and history.step % settings.checkpointing_steps == 0:
             save_checkpoint(accelerator, output_dir, history, settings.checkpoints_total_limit)
 
@@ -173,12 +181,15 @@ def main(settings: TrainingSettings, config: CtrlCscConfig) -> Path:
         finished = True
         with CatchStop() as stop:
             means = (accelerator, images, stop.seen, count_step)
-            if energy.steps and not fit.done:
-                finished = energy.run(*means)
-                if finished:
-                    recompute_statistics(model, calibration, settings.train_batch_size)
-                    invert_encoder(model, calibration.to(accelerator.device))
-            finished = finished and fit.run(*means)
+            try:
+                if energy.steps and not fit.done:
+                    finished = energy.run(*means)
+                    if finished:
+                        recompute_statistics(model, calibration, settings.train_batch_size)
+                        invert_encoder(model, calibration.to(accelerator.device))
+                finished = finished and fit.run(*means)
+            except FloatingPointError as error:
+                raise not_finite(error) from error
         if not finished:
             end_early(stop.exit_code)
         recompute_statistics(model, calibration, settings.train_batch_size)
@@ -205,9 +216,7 @@ def main(settings: TrainingSettings, config: CtrlCscConfig) -> Path:
                 with accelerator.autocast():
                     figures = loop.step(pixel_values, labels, augmented)
             except FloatingPointError as error:
-                raise FloatingPointError(
-                    f"step {history.step + 1}: {error}. The run stops; the last checkpoint in {output_dir} is intact."
-                ) from error
+                raise not_finite(error) from error
             for scheduler in schedulers:
                 scheduler.step()
             if ema:

@@ -4,6 +4,7 @@ The game then begins with reconstructions of their images, which a decoder with 
 against an encoder that moves on.
 """
 
+import math
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -55,7 +56,7 @@ class Descent:
         accelerator: Accelerator,
         batches: Iterator[Tensor],
         is_interrupted: Callable[[], bool],
-        after_step: Callable[[], None],
+        after_step: Callable[[float], None],
     ) -> bool:
         """Makes the steps that are left.
 
@@ -63,10 +64,13 @@ class Descent:
             accelerator: gives the precision.
             batches: images (n, C, H, W), pixels in [-1, 1], one for each step. Over several processes, its part.
             is_interrupted: asked after each step but the last whether to stop.
-            after_step: called after each step.
+            after_step: called after each step with the batch's mean of the loss before it.
 
         Returns:
             Whether it came to its end.
+
+        Raises:
+            FloatingPointError: where that is not finite; the optimiser has not stepped with it.
         """
         parameters = list(self.model.parameters())
         name = self.loss.__name__.replace("_", " ")
@@ -83,14 +87,17 @@ class Descent:
                     mean_loss = self.loss(self.model, images).sum() / count
                 mean_loss.backward()
                 sum_gradients(parameters)
+                shown = sum_over_processes(mean_loss.detach()).item()
+                if not math.isfinite(shown):
+                    raise FloatingPointError(f"the {name} is {shown}")
                 self.optimizer.step()
                 self.optimizer.zero_grad(set_to_none=True)
                 self.schedule.step()
                 self.model.project_parameters()
                 self.done += 1
                 progress.update()
-                progress.set_postfix_str(f"{sum_over_processes(mean_loss.detach()).item():.4f}")
-                after_step()
+                progress.set_postfix_str(f"{shown:.4f}")
+                after_step(shown)
                 if self.done < self.steps and is_interrupted():
                     return False
         self.optimizer.state.clear()  # of no use to the checkpoints of the game
@@ -110,6 +117,7 @@ class Descent:
 
 
 @torch.no_grad()
+@torch.compiler.set_stance("force_eager")  # nothing is to be compiled for one call on another number of images
 def invert_encoder(model: CtrlCscModel, images: Tensor) -> None:
     """Gives the decoder the encoder's dictionaries, and batch norms that make its codes look like the encoder's.
 

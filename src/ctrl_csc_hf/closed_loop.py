@@ -136,7 +136,9 @@ class ClosedLoop:
     """Plays the game, one step a call.
 
     Where torch.distributed is in use, each process gives its part of the batch, of any size above 0, and all of them
-    end with the weights of one process with the whole batch. The model is not to be wrapped.
+    end with the weights of one process with the whole batch. The model is not to be wrapped. Where its halves are
+    compiled and S has a weight, a step goes back through a graph twice, for which torch wants
+    `torch._functorch.config.donated_buffer = False` before they are.
 
     Args:
         model: the two players.
