@@ -13,6 +13,7 @@ import torch
 from conftest import load_script, random_image
 from safetensors.torch import load_file
 from test_evaluate import autoencoder_of_diffusers, classifier
+from test_pipeline import CONFIG
 from torch import Tensor
 
 from ctrl_csc_hf import ConvolutionalSparseCoding, CtrlCscConfig, CtrlCscImageProcessor, CtrlCscModel, CtrlCscPipeline
@@ -23,14 +24,6 @@ from ctrl_csc_hf.fitting import fit_sampler
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
 Train = Callable[..., Path]
-CONFIG = {
-    "image_size": 16,
-    "latent_dim": 8,
-    "stage_channels": [8, 8],
-    "kernel_sizes": [4, 4, 4],
-    "strides": [2, 2, 1],
-    "paddings": [1, 1, 0],
-}
 
 
 @pytest.fixture(autouse=True)
