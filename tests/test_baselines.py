@@ -2,6 +2,8 @@
 
 import json
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -11,6 +13,7 @@ import torch
 import torch.nn.functional as F
 import yaml
 from baselines import ConvolutionalConfig, ConvolutionalModel, SquaredErrorLoop
+from conftest import TRAINING
 from data import ImageSource, load_images, take_images
 from settings import parse_settings
 from sklearn.linear_model import LogisticRegression
@@ -112,6 +115,14 @@ def test_every_row_of_the_sweep_is_a_run_that_settings_accept_on_as_many_images(
             if phase not in changes.get("training", {}):
                 images = getattr(settings, phase) * settings.train_batch_size
                 assert abs(images - base["training"][phase] * 128) <= settings.train_batch_size, (row, phase)
+
+
+def test_the_sweep_knows_the_models_of_all_its_rows() -> None:
+    code = (
+        f"import sys; sys.path.append({str(TRAINING)!r}); import sweep; "
+        "from transformers import AutoConfig; AutoConfig.for_model('ctrl_convolutional')"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)  # a new process: this one has imported them
 
 
 def test_the_sweep_runs_what_is_missing(

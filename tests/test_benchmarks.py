@@ -24,6 +24,34 @@ def _threads():
     torch.set_num_threads(threads)
 
 
+def test_step_times_prints_a_row_for_each_net_and_batch(monkeypatch, capsys):
+    step_times = importlib.import_module("step_times")
+    small = {"stage_channels": [4, 4], "latent_dim": 8}
+    monkeypatch.setattr(step_times, "NETS", [("cifar10", small, (4, 6))])
+    step_times.main(["--repeats", "1"])
+    _, _, *rows = capsys.readouterr().out.splitlines()
+    assert [row.split(" | ")[1] for row in rows] == ["4", "6"]
+    assert all(float(cell.strip(" |")) > 0 for row in rows for cell in row.split(" | ")[2:])
+
+
+def test_a_timed_step_of_the_fit_lowers_the_error_and_one_of_the_game_moves_the_players():
+    step_times = importlib.import_module("step_times")
+    from warmup import deconvolution_error
+
+    torch.manual_seed(0)
+    sizes = {"image_size": 16, "kernel_sizes": [4, 4, 4], "strides": [2, 2, 1], "paddings": [1, 1, 0]}
+    model = CtrlCscModel(CtrlCscConfig(stage_channels=[4, 4], latent_dim=8, **sizes)).train()
+    fit, game = step_times.steps_of(model)
+    images = torch.rand(8, 3, 16, 16) * 2 - 1
+    before = deconvolution_error(model, images).mean()
+    for _ in range(30):
+        fit(images)
+    assert deconvolution_error(model, images).mean() < before
+    fitted = [parameter.clone() for parameter in model.parameters()]
+    game(images)
+    assert any(not torch.equal(p, q) for p, q in zip(model.parameters(), fitted, strict=True))
+
+
 def test_command_prints_a_table_and_writes_every_comparison_with_values_that_agree(tmp_path, capsys):
     bench, comparisons = importlib.import_module("bench"), importlib.import_module("comparisons")
     bench.main(["--short", "--output", str(tmp_path / "results.json")])

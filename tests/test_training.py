@@ -172,6 +172,13 @@ def test_every_objective_and_weight_trains(train: Train, flags: tuple[str, ...])
     assert all(value == value for value in metrics.values())
 
 
+def test_steps_before_the_game_are_recorded_by_their_loss(train: Train) -> None:
+    folder = train("--energy_warmup_steps", "3", "--deconvolution_warmup_steps", "2")
+    losses = {r["step"]: r["loss"] for r in json.loads((folder / "history.json").read_text()) if "loss" in r}
+    assert list(losses) == [-4, -3, -2, -1, 0]
+    assert all(loss > 0 for loss in losses.values())
+
+
 def test_small_classes_are_warned_about(train: Train, caplog: pytest.LogCaptureFixture) -> None:
     train("--objective", "multi", "--train_batch_size", "12", "--max_train_steps", "1")
     assert "fewer than 8 a class" in caplog.text
