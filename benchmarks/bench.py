@@ -80,7 +80,7 @@ def machine(device: torch.device) -> dict[str, Any]:
     """What the figures depend on, by name."""
     processor = platform.processor() or platform.machine()
     if Path("/proc/cpuinfo").exists():
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
         processor = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), processor)
     return {
         "date": date.today().isoformat(),
@@ -121,7 +121,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
         rows += COMPARISONS[name](bench)
     results = {"machine": described, "repeats": bench.repeats, "rows": [asdict(row) for row in rows]}
     print(as_table(rows))
-    options.output.write_text(json.dumps(results, indent=1) + "\n")
+    options.output.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
     return results
 
 

@@ -88,7 +88,7 @@ def main(settings: Settings) -> None:
     results["nearest training image"] = copies(model, samplers["classes"], train, test, settings.num_images)
     results["accuracy"] = accuracies(train, test)
     results["share of the 10 nearest training images in the query's class"] = precision(train, test)
-    (output / "sampling.json").write_text(json.dumps(results, indent=2, ensure_ascii=False) + "\n")
+    (output / "sampling.json").write_text(json.dumps(results, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     print(json.dumps(results, indent=2, ensure_ascii=False))
 
     pipe = CtrlCscPipeline(model, processor)

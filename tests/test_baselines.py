@@ -81,7 +81,11 @@ def test_train_trains_both_and_squared_error_falls(train: Callable[..., Path]) -
     assert type(AutoModel.from_pretrained(folder)) is ConvolutionalModel
     steps = ("--max_train_steps", "30", "--decoder_learning_rate", "5e-3", "--encoder_learning_rate", "5e-3")
     folder = train(*steps, "--loop", "squared_error", output="squared")
-    losses = [r["encoder_loss"] for r in json.loads((folder / "history.json").read_text()) if "encoder_loss" in r]
+    losses = [
+        r["encoder_loss"]
+        for r in json.loads((folder / "history.json").read_text(encoding="utf-8"))
+        if "encoder_loss" in r
+    ]
     assert losses[-1] < 0.7 * losses[0]
 
 
@@ -109,7 +113,7 @@ def test_every_row_of_the_sweep_is_a_run_that_settings_accept_on_as_many_images(
         for section, values in changes.items():
             assert all(base[section].get(key) != value for key, value in values.items()), f"{row} changes nothing"
         path = tmp_path / "row.yaml"
-        path.write_text(yaml.safe_dump(preset_of(row, 25_600)))
+        path.write_text(yaml.safe_dump(preset_of(row, 25_600)), encoding="utf-8")
         settings, _ = parse_settings(["--config", str(path)])
         for phase in phases:
             if phase not in changes.get("training", {}):
@@ -146,12 +150,14 @@ def test_the_sweep_runs_what_is_missing(
         output_dir=tmp_path / "sweep",
     )  # fmt: skip
     sweep.main(arguments)
-    (result,) = [json.loads(line) for line in (tmp_path / "sweep" / "results.jsonl").read_text().splitlines()]
-    settings = json.loads((tmp_path / "sweep" / "w_g_0-3" / "training_args.json").read_text())
+    (result,) = [
+        json.loads(line) for line in (tmp_path / "sweep" / "results.jsonl").read_text(encoding="utf-8").splitlines()
+    ]
+    settings = json.loads((tmp_path / "sweep" / "w_g_0-3" / "training_args.json").read_text(encoding="utf-8"))
     assert (settings["decoder_consistency"], settings["seed"], settings["max_train_steps"]) == (0, 3, 2)
     assert f"| w_g 0 | 3 | {result['psnr']:.2f} |" in capsys.readouterr().out
     assert (tmp_path / "sweep" / "curves.png").stat().st_size > 0
-    history = json.loads((tmp_path / "sweep" / "w_g_0-3" / "history.json").read_text())
+    history = json.loads((tmp_path / "sweep" / "w_g_0-3" / "history.json").read_text(encoding="utf-8"))
     panels = sweep.draw([result], tmp_path / "sweep").axes
     for axes, key in zip(panels, ("psnr", "rate"), strict=False):
         (line,) = axes.lines

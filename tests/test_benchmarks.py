@@ -55,7 +55,7 @@ def test_a_timed_step_of_the_fit_lowers_the_error_and_one_of_the_game_moves_the_
 def test_command_prints_a_table_and_writes_every_comparison_with_values_that_agree(tmp_path, capsys):
     bench, comparisons = importlib.import_module("bench"), importlib.import_module("comparisons")
     bench.main(["--short", "--output", str(tmp_path / "results.json")])
-    results = json.loads((tmp_path / "results.json").read_text())
+    results = json.loads((tmp_path / "results.json").read_text(encoding="utf-8"))
     assert {"date", "device", "threads", "versions"} <= set(results["machine"])
     assert {"python", "torch", "diffusers"} <= set(results["machine"]["versions"])
     rows = results["rows"]

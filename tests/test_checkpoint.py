@@ -23,7 +23,7 @@ def test_code_and_card_in_it_are_what_export_writes_today(tmp_path: Path) -> Non
     assert names == sorted(str(path.relative_to(CHECKPOINT)) for path in CHECKPOINT.rglob("*") if path.is_file())
     for name in names:
         if name.endswith((".py", ".md", ".json")) and name != "config.json":  # which names transformers' version
-            assert (written / name).read_text() == (CHECKPOINT / name).read_text(), name
+            assert (written / name).read_text(encoding="utf-8") == (CHECKPOINT / name).read_text(encoding="utf-8"), name
 
 
 def test_it_is_below_25_megabytes() -> None:
@@ -31,7 +31,10 @@ def test_it_is_below_25_megabytes() -> None:
 
 
 def test_its_card_holds_the_figures_of_its_metrics() -> None:
-    card, metrics = (CHECKPOINT / "README.md").read_text(), json.loads((CHECKPOINT / "metrics.json").read_text())
+    card, metrics = (
+        (CHECKPOINT / "README.md").read_text(encoding="utf-8"),
+        json.loads((CHECKPOINT / "metrics.json").read_text(encoding="utf-8")),
+    )
     assert f"| PSNR, mean over images, dB | {metrics['held_out_psnr']:.2f} |" in card
     assert f"On {metrics['held_out_images']} held-out images of uoft-cs/cifar10 (test), by training/evaluate.py" in card
 
@@ -58,5 +61,5 @@ def test_its_figures_come_out_again(cifar10: str) -> None:
     with torch.inference_mode():
         reconstructions = AutoModel.from_pretrained(CHECKPOINT).eval()(images).reconstruction
     psnr = peak_signal_to_noise_ratio(images, reconstructions).mean().item()
-    metrics = json.loads((CHECKPOINT / "metrics.json").read_text())
+    metrics = json.loads((CHECKPOINT / "metrics.json").read_text(encoding="utf-8"))
     assert psnr == pytest.approx(metrics["held_out_psnr"], abs=0.3)  # of 500 of its 10,000 images

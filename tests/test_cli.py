@@ -75,7 +75,7 @@ def test_what_reconstruct_cannot_take_is_said_in_words(
     arguments: list[str], message: str, model_folder: Path, photos: list[str], tmp_path: Path
 ) -> None:
     (tmp_path / "empty").mkdir()
-    (tmp_path / "text.png").write_text("no image")
+    (tmp_path / "text.png").write_text("no image", encoding="utf-8")
     bert = BertConfig(hidden_size=8, num_hidden_layers=1, num_attention_heads=1, intermediate_size=8, vocab_size=8)
     BertModel(bert).save_pretrained(tmp_path / "bert")
     names = {
@@ -100,11 +100,13 @@ def harmed(folder: Path, model_folder: Path, harm: str) -> Path:
     elif harm == "cut off":
         weights.write_bytes(weights.read_bytes()[:-50])
     elif harm == "other size":
-        config.write_text(config.read_text().replace('"latent_dim": 8', '"latent_dim": 9'))
+        config.write_text(
+            config.read_text(encoding="utf-8").replace('"latent_dim": 8', '"latent_dim": 9'), encoding="utf-8"
+        )
     elif harm == "foreign code":
         content = {"model_type": "foreign", "auto_map": {"AutoConfig": "x.Config", "AutoModel": "x.Model"}}
-        config.write_text(json.dumps(content))
-        (folder / "x.py").write_text("raise SystemExit('foreign code ran')")
+        config.write_text(json.dumps(content), encoding="utf-8")
+        (folder / "x.py").write_text("raise SystemExit('foreign code ran')", encoding="utf-8")
     return folder
 
 

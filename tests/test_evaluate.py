@@ -60,7 +60,7 @@ def test_evaluation_measures_the_model_and_its_rivals_on_the_same_images(
     capsys: pytest.CaptureFixture,
 ) -> None:
     model = train("--max_train_steps", "1")
-    written_by_train = json.loads((model / "metrics.json").read_text())
+    written_by_train = json.loads((model / "metrics.json").read_text(encoding="utf-8"))
     convolutional = train("--max_train_steps", "1", "--encoder", "convolution", output="convolutional")
     kl = autoencoder_of_diffusers(tmp_path / "kl")
     results = evaluate.main(
@@ -81,7 +81,7 @@ def test_evaluation_measures_the_model_and_its_rivals_on_the_same_images(
     assert "|  | CTRL-CSC | ordinary convolutions |" in table
     assert f"| psnr | {results['CTRL-CSC']['psnr']:.4g} |" in table
 
-    saved = json.loads((model / "metrics.json").read_text())
+    saved = json.loads((model / "metrics.json").read_text(encoding="utf-8"))
     assert saved["evaluation"]["results"] == results
     assert saved["held_out_psnr"] == results["CTRL-CSC"]["psnr"]
     assert saved["held_out_images"] == 40

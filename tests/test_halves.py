@@ -66,8 +66,8 @@ def test_the_whole_model_still_reports_what_is_missing(tmp_path: Path, caplog: p
 
 def test_a_configuration_of_another_model_type_is_refused(tmp_path: Path) -> None:
     trained_model(False, "batch_norm").save_pretrained(tmp_path)
-    config = (tmp_path / "config.json").read_text()
-    (tmp_path / "config.json").write_text(config.replace('"ctrl_csc"', '"bert"'))
+    config = (tmp_path / "config.json").read_text(encoding="utf-8")
+    (tmp_path / "config.json").write_text(config.replace('"ctrl_csc"', '"bert"'), encoding="utf-8")
     for loaded_class in (CtrlCscModel, CtrlCscEncoder, CtrlCscDecoder):
         with pytest.raises(ValueError, match="model_type='bert' is not allowed: it must be 'ctrl_csc'"):
             loaded_class.from_pretrained(tmp_path)

@@ -179,7 +179,9 @@ def test_requests_at_the_same_time_get_their_own_answers(endpoint: Endpoint) -> 
 
 def peak_memory(process_id: int) -> int:
     """Of a process until now, in MB."""
-    (line,) = (x for x in Path(f"/proc/{process_id}/status").read_text().splitlines() if x.startswith("VmHWM"))
+    (line,) = (
+        x for x in Path(f"/proc/{process_id}/status").read_text(encoding="utf-8").splitlines() if x.startswith("VmHWM")
+    )
     return int(line.split()[1]) // 1000
 
 

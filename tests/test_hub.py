@@ -135,8 +135,10 @@ def a_checkpoint(folder: Path, model: CtrlCscModel, examples: int = 2) -> Path:
     """As train.py leaves it, in short."""
     model.save_pretrained(folder)
     CtrlCscImageProcessor(image_size=model.config.image_size).save_pretrained(folder)
-    (folder / "metrics.json").write_text(json.dumps({"step": 4, "held_out_psnr": 17.5}))
-    (folder / "training_args.json").write_text(json.dumps({"dataset_name": "uoft-cs/cifar10", "max_train_steps": 4}))
+    (folder / "metrics.json").write_text(json.dumps({"step": 4, "held_out_psnr": 17.5}), encoding="utf-8")
+    (folder / "training_args.json").write_text(
+        json.dumps({"dataset_name": "uoft-cs/cifar10", "max_train_steps": 4}), encoding="utf-8"
+    )
     (folder / "examples").mkdir()
     for name in ("reconstructions.png", *(f"examples/{index}.png" for index in range(examples))):
         Image.new("RGB", (8, 8), "orange").save(folder / name)
@@ -219,7 +221,7 @@ def test_what_cannot_be_written_is_said_before_anything_is(
             "weights of .* are damaged",
         ),
         (
-            lambda folder: (folder / "config.json").write_text(json.dumps({"model_type": "bert"})),
+            lambda folder: (folder / "config.json").write_text(json.dumps({"model_type": "bert"}), encoding="utf-8"),
             "model_type='bert' is not allowed",
         ),
         (

@@ -26,7 +26,7 @@ def server():
 def folder(tmp_path: Path) -> Path:
     """A text and 300 kB of weights."""
     (tmp_path / "files" / "sub").mkdir(parents=True)
-    (tmp_path / "files" / "sub" / "notes.md").write_text("first\n")
+    (tmp_path / "files" / "sub" / "notes.md").write_text("first\n", encoding="utf-8")
     (tmp_path / "files" / "model.safetensors").write_bytes(bytes(range(250)) * 1200)
     return tmp_path / "files"
 

@@ -436,7 +436,9 @@ def test_its_file_alone_serves_it_as_remote_code(tmp_path):
     shutil.copy(image_processing_ctrl_csc.__file__, tmp_path)
     config = tmp_path / "preprocessor_config.json"
     auto_map = {"AutoImageProcessor": "image_processing_ctrl_csc.CtrlCscImageProcessor"}
-    config.write_text(json.dumps(json.loads(config.read_text()) | {"auto_map": auto_map}))
+    config.write_text(
+        json.dumps(json.loads(config.read_text(encoding="utf-8")) | {"auto_map": auto_map}), encoding="utf-8"
+    )
     module, imported = load_in_a_new_process(tmp_path, LOAD.format(options={"trust_remote_code": True}))
     assert module.startswith("transformers_modules.") and imported == "False"
     np.testing.assert_array_equal(np.load(tmp_path / "loaded.npy"), process(WIDE).numpy())

@@ -298,13 +298,13 @@ def test_without_images_the_checkpoints_examples_serve_and_without_these_atoms_a
     result = inspect("--model", folder, "--output", tmp_path / "a", "--report", tmp_path / "a.html")
     assert result.exit_code == 0, result.output
     assert written(tmp_path / "a") == ATOMS | {f"0_{what}" for what in OF_AN_IMAGE}
-    assert "on 2 images" in (tmp_path / "a.html").read_text()
+    assert "on 2 images" in (tmp_path / "a.html").read_text(encoding="utf-8")
 
     bare = save(tmp_path / "bare", lived_in(decoder_normalization="inverse", share_dictionaries=True), examples=0)
     result = inspect("--model", bare, "--output", tmp_path / "b", "--report", tmp_path / "b.html")
     assert result.exit_code == 0, result.output
     assert written(tmp_path / "b") == ATOMS
-    assert "sorted by their norm" in (tmp_path / "b.html").read_text()
+    assert "sorted by their norm" in (tmp_path / "b.html").read_text(encoding="utf-8")
 
 
 def test_images_and_a_data_set_with_labels_fill_one_self_contained_page(
@@ -324,7 +324,7 @@ def test_images_and_a_data_set_with_labels_fill_one_self_contained_page(
     expected = ATOMS | of_images | {f"latents_{what}" for what in latent_space}
     assert written(tmp_path / "out") == expected
 
-    html = page.read_text()
+    html = page.read_text(encoding="utf-8")
     sources = re.findall(r'src="([^"]*)"', html)
     assert len(sources) == len(expected) and html.count("<figcaption>") == len(expected)
     assert not re.search(r"https?:|<link|<script|@import|url\(", html)
@@ -365,7 +365,7 @@ def test_a_folder_of_photographs_without_labels_serves_too(folder: Path, image_f
 def test_what_inspect_cannot_take_is_said_in_words(
     arguments: list[str], message: str, folder: Path, image_folder: Path, tmp_path: Path
 ) -> None:
-    (tmp_path / "text.png").write_text("no image")
+    (tmp_path / "text.png").write_text("no image", encoding="utf-8")
     (tmp_path / "empty").mkdir()
     names = {"text": tmp_path / "text.png", "empty": tmp_path / "empty", "images": image_folder}
     given = [argument.format(**names) for argument in arguments]

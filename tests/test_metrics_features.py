@@ -94,7 +94,7 @@ def test_pixels_are_clipped_resized_and_normalised_as_the_repository_says(tmp_pa
         ({"image_mean": [0.1, 0.2, 0.3], "image_std": [0.4, 0.5, 0.6]}, ([0.1, 0.2, 0.3], [0.4, 0.5, 0.6])),
         ({"do_normalize": False}, ([0.0] * 3, [1.0] * 3)),
     ):
-        (tmp_path / "preprocessor_config.json").write_text(json.dumps(settings))
+        (tmp_path / "preprocessor_config.json").write_text(json.dumps(settings), encoding="utf-8")
         mean, std = (torch.tensor(value).view(3, 1, 1) for value in expected)
         by_hand = model(((wide + 1) / 2 - mean) / std).pooler_output.flatten(1)
         torch.testing.assert_close(VisionFeatures(tmp_path, image_size=16)(small), by_hand, atol=1e-5, rtol=1e-5)

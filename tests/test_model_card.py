@@ -49,8 +49,8 @@ def checkpoint(tmp_path: Path) -> Path:
     folder = tmp_path / "checkpoint"
     (folder / "examples").mkdir(parents=True)
     settings, _ = parse_settings(["--config", "cifar10"])
-    (folder / "training_args.json").write_text(json.dumps(asdict(settings)))
-    (folder / "metrics.json").write_text(json.dumps(METRICS))
+    (folder / "training_args.json").write_text(json.dumps(asdict(settings)), encoding="utf-8")
+    (folder / "metrics.json").write_text(json.dumps(METRICS), encoding="utf-8")
     for name in ("reconstructions.png", "examples/0.png", "examples/1.png"):
         Image.new("RGB", (8, 8), "orange").save(folder / name)
     return folder
@@ -84,7 +84,7 @@ def metadata(card: str) -> dict:
 
 
 def test_the_metadata_are_documented_fields_and_figures_those_of_the_checkpoint(repository: Path) -> None:
-    found = metadata((repository / "README.md").read_text())
+    found = metadata((repository / "README.md").read_text(encoding="utf-8"))
     assert found["license"] == "apache-2.0"
     assert found["datasets"] == ["uoft-cs/cifar10"]
     (entry,) = found["model-index"]
@@ -99,9 +99,9 @@ def test_the_metadata_are_documented_fields_and_figures_those_of_the_checkpoint(
 
 def test_what_evaluate_adds_to_the_figures_is_in_the_card(checkpoint: Path, tmp_path: Path) -> None:
     added = {"held_out_images": 10000, "frechet_distance": 6.25, "linear_probe": 0.456, "evaluation": {"results": {}}}
-    (checkpoint / "metrics.json").write_text(json.dumps(METRICS | added))
+    (checkpoint / "metrics.json").write_text(json.dumps(METRICS | added), encoding="utf-8")
     folder = export(trained_model(False, "batch_norm"), tmp_path / "out", repo_id=REPOSITORY, checkpoint=checkpoint)
-    card = (folder / "README.md").read_text()
+    card = (folder / "README.md").read_text(encoding="utf-8")
     (result,) = metadata(card)["model-index"][0]["results"]
     figures = {metric["type"]: metric["value"] for metric in result["metrics"]}
     assert figures["frechet_distance"] == 6.25 and figures["linear_probe"] == 0.456
@@ -110,16 +110,16 @@ def test_what_evaluate_adds_to_the_figures_is_in_the_card(checkpoint: Path, tmp_
 
 
 def test_a_model_that_has_not_played_the_game_does_not_claim_it(checkpoint: Path, tmp_path: Path) -> None:
-    settings = json.loads((checkpoint / "training_args.json").read_text())
-    (checkpoint / "training_args.json").write_text(json.dumps(settings | {"loop": "squared_error"}))
+    settings = json.loads((checkpoint / "training_args.json").read_text(encoding="utf-8"))
+    (checkpoint / "training_args.json").write_text(json.dumps(settings | {"loop": "squared_error"}), encoding="utf-8")
     folder = export(trained_model(False, "batch_norm"), tmp_path / "out", repo_id=REPOSITORY, checkpoint=checkpoint)
-    card = (folder / "README.md").read_text()
+    card = (folder / "README.md").read_text(encoding="utf-8")
     assert "Trained as an autoencoder, for comparison, without the game" in card
     assert "No loss of the game" not in card and "the encoder minimises" not in card
 
 
 def test_the_text_tells_settings_results_and_limits(repository: Path) -> None:
-    card = (repository / "README.md").read_text()
+    card = (repository / "README.md").read_text(encoding="utf-8")
     training = load_preset("cifar10")["training"]
     for expected in (
         "| PSNR, mean over images, dB | 17.12 |",
@@ -143,7 +143,7 @@ def test_the_text_tells_settings_results_and_limits(repository: Path) -> None:
 
 def test_a_checkpoint_without_records_has_a_card_without_figures(tmp_path: Path) -> None:
     export(trained_model(False, "batch_norm"), tmp_path)
-    card = (tmp_path / "README.md").read_text()
+    card = (tmp_path / "README.md").read_text(encoding="utf-8")
     assert "model-index" not in metadata(card) and "None are recorded." in card
     assert "The checkpoint holds no record of its training." in card and "the encoder raises dR(Z, Zh)" in card
 
@@ -185,8 +185,8 @@ def test_the_text_tells_the_game_that_was_played(
 ) -> None:
     (tmp_path / "digits").mkdir()
     monkeypatch.chdir(tmp_path)
-    settings = json.loads((checkpoint / "training_args.json").read_text()) | changes
-    (checkpoint / "training_args.json").write_text(json.dumps(settings))
+    settings = json.loads((checkpoint / "training_args.json").read_text(encoding="utf-8")) | changes
+    (checkpoint / "training_args.json").write_text(json.dumps(settings), encoding="utf-8")
     card = str(model_card(trained_model(False, "batch_norm"), REPOSITORY, checkpoint, [], "mit"))
     assert expected in card
     metadata(card)
@@ -200,16 +200,16 @@ def test_the_text_tells_the_ridge(tmp_path: Path) -> None:
 
 
 def test_folders_of_the_machine_that_trained_are_not_published(checkpoint: Path, tmp_path: Path) -> None:
-    written = json.loads((checkpoint / "training_args.json").read_text())
+    written = json.loads((checkpoint / "training_args.json").read_text(encoding="utf-8"))
     for key in ("dataset_name", "output_dir", "resume_from_checkpoint", "pretrained_model_name_or_path"):
         written[key] = "/home/somebody/folder"
-    (checkpoint / "training_args.json").write_text(json.dumps(written))
+    (checkpoint / "training_args.json").write_text(json.dumps(written), encoding="utf-8")
     folder = export(trained_model(False, "batch_norm"), tmp_path / "local", repo_id=REPOSITORY, checkpoint=checkpoint)
     for path in folder.rglob("*"):
         assert path.is_dir() or b"somebody" not in path.read_bytes(), path
-    published = json.loads((folder / "training_args.json").read_text())
+    published = json.loads((folder / "training_args.json").read_text(encoding="utf-8"))
     assert published["energy_warmup_steps"] == written["energy_warmup_steps"]
-    assert "Data set: a local folder of images." in (folder / "README.md").read_text()
+    assert "Data set: a local folder of images." in (folder / "README.md").read_text(encoding="utf-8")
 
 
 def code_blocks(card: str) -> list[str]:
@@ -229,7 +229,9 @@ def test_every_python_block_of_a_card_runs_as_it_stands(card: str, checkpoint: P
     with HubServer() as server:
         publish(server, checkpoint, name)
         text = server.files(name)["README.md"].decode()
-        blocks = code_blocks(text if card == "published" else (MODEL_CARDS / "ctrl-csc-imagenet.md").read_text())
+        blocks = code_blocks(
+            text if card == "published" else (MODEL_CARDS / "ctrl-csc-imagenet.md").read_text(encoding="utf-8")
+        )
         with_package = [block for block in blocks if "import ctrl_csc_hf" in block]
         assert (len(blocks), len(with_package)) == (4, 1)
         for blocker, chosen in (("", with_package), (WITHOUT_THE_PACKAGE, set(blocks) - set(with_package))):
@@ -265,13 +267,13 @@ def imagenet_form(folder: Path) -> str:
     from settings import parse_settings
 
     settings, _ = parse_settings(["--config", "imagenet64"])
-    (folder / "training_args.json").write_text(json.dumps(asdict(settings)))
+    (folder / "training_args.json").write_text(json.dumps(asdict(settings)), encoding="utf-8")
     model = CtrlCscModel(CtrlCscConfig(**preset["model"]))
     return str(model_card(model, "ORGANIZATION/ctrl-csc-imagenet", folder, [], "other", published=False))
 
 
 def test_the_form_for_imagenet_is_what_its_preset_gives_and_says_that_it_is_a_form(tmp_path: Path) -> None:
-    form = (MODEL_CARDS / "ctrl-csc-imagenet.md").read_text()
+    form = (MODEL_CARDS / "ctrl-csc-imagenet.md").read_text(encoding="utf-8")
     assert form == imagenet_form(tmp_path) + "\n"
     assert "publishes no such weights" in " ".join(form.replace(">", "").split())
     assert "model-index" not in metadata(form)

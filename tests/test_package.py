@@ -72,7 +72,7 @@ def test_the_wheel_holds_types_presets_and_metrics(wheel: Path) -> None:
 def test_the_wheel_imports_and_runs_readmes_first_block_with_the_core_dependencies_alone(
     core_python: Path, tmp_path: Path
 ) -> None:
-    block = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)[0]
+    block = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)[0]
     check = f"import sys; assert not [name for name in {EXTRAS_ONLY} if name in sys.modules]"
     lookup = "import ctrl_csc_hf.presets as p; assert 'cifar10' in p.preset_names(); print(ctrl_csc_hf.__file__)"
     where = run(core_python, f"import ctrl_csc_hf\n{check}\n{lookup}", tmp_path)
@@ -95,7 +95,9 @@ def test_importing_adds_nothing_of_the_extras(tmp_path: Path) -> None:
 def test_lower_bounds_are_the_ones_that_were_tried() -> None:
     """constraints-lowest.txt holds what CONTRIBUTING.md's command installs; pyproject.toml must not promise less."""
     tried = dict(
-        line.split("==") for line in (ROOT / "constraints-lowest.txt").read_text().splitlines() if "==" in line
+        line.split("==")
+        for line in (ROOT / "constraints-lowest.txt").read_text(encoding="utf-8").splitlines()
+        if "==" in line
     )
     for text in metadata.requires("ctrl-csc-hf") or []:
         requirement = Requirement(text)

@@ -27,8 +27,10 @@ from ctrl_csc_hf.cli import app
 from ctrl_csc_hf.sampling import LatentSampler
 
 ROOT = Path(__file__).parents[1]
-README = (ROOT / "README.md").read_text()
-PYTHON = re.findall(r"```python\n(.*?)```", README + (ROOT / "docs" / "metrics.md").read_text(), re.DOTALL)
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+PYTHON = re.findall(
+    r"```python\n(.*?)```", README + (ROOT / "docs" / "metrics.md").read_text(encoding="utf-8"), re.DOTALL
+)
 COMMANDS = [line for block in re.findall(r"```bash\n(.*?)```", README, re.DOTALL) for line in block.splitlines()]
 
 
@@ -94,10 +96,9 @@ def test_publish_commands_write_and_upload_the_same(folder: Path, monkeypatch: p
     dry, real = (command for command in COMMANDS if command.startswith("ctrl-csc publish"))
     assert "Written, not uploaded: repository" in run(shlex.split(dry), folder).stdout
     written = folder / "repository"
-    assert (
-        'AutoModel.from_pretrained("org/ctrl-csc-digits", trust_remote_code=True)'
-        in (written / "README.md").read_text()
-    )
+    assert 'AutoModel.from_pretrained("org/ctrl-csc-digits", trust_remote_code=True)' in (
+        written / "README.md"
+    ).read_text(encoding="utf-8")
     with HubServer() as server:
         for name, value in server.environment(folder / "cache").items():
             monkeypatch.setenv(name, value)
@@ -145,7 +146,7 @@ def test_commands_in_docs_are_such_commands_with_settings_that_exist() -> None:
     }
     launches = launch_command_parser()
     for page in (*(ROOT / "docs").glob("*.md"), ROOT / "training" / "README.md"):
-        for block in re.findall(r"```bash\n(.*?)```", page.read_text(), re.DOTALL):
+        for block in re.findall(r"```bash\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL):
             for command in block.replace("\\\n", " ").splitlines():
                 if command.startswith("make bench"):  # tests/test_benchmarks.py
                     continue

@@ -54,7 +54,7 @@ class Run:
             launcher += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={self.processes}"]
         if any(self.folder.glob("checkpoint-*")):
             flags = (*flags, "--resume_from_checkpoint=latest")
-        with self.log.open("w") as log:
+        with self.log.open("w", encoding="utf-8") as log:
             return subprocess.Popen(
                 [*launcher, str(TRAINING / "train.py"), *self.arguments, *flags],
                 stdout=log,
@@ -64,7 +64,7 @@ class Run:
             )
 
     def to_the_end(self, *flags: str) -> dict[str, torch.Tensor]:
-        assert self.start(*flags).wait(timeout=300) == 0, self.log.read_text()
+        assert self.start(*flags).wait(timeout=300) == 0, self.log.read_text(encoding="utf-8")
         return load_file(self.folder / "model.safetensors")
 
     def wait_for_a_step(self, process: subprocess.Popen) -> None:
@@ -72,8 +72,8 @@ class Run:
 
     def wait_for(self, process: subprocess.Popen, printed: str) -> None:
         deadline = time.monotonic() + START
-        while printed not in self.log.read_text():
-            assert process.poll() is None and time.monotonic() < deadline, self.log.read_text()
+        while printed not in self.log.read_text(encoding="utf-8"):
+            assert process.poll() is None and time.monotonic() < deadline, self.log.read_text(encoding="utf-8")
             time.sleep(0.05)
 
     def newest_step(self) -> int:
@@ -92,7 +92,7 @@ def new_run(tiny_preset: Path, shards: Path, tmp_path: Path) -> Callable[..., Ru
     def new(name: str, processes: int = 1, shared: bool = False) -> Run:
         model = "model:\n" + shared * "  share_dictionaries: true\n"
         preset = tmp_path / f"{name}.yaml"
-        preset.write_text(tiny_preset.read_text().replace("model:\n", model))
+        preset.write_text(tiny_preset.read_text(encoding="utf-8").replace("model:\n", model), encoding="utf-8")
         return Run(preset, shards, tmp_path / name, processes)
 
     return new
@@ -139,7 +139,7 @@ def test_a_run_that_ends_before_the_game_goes_on_from_there(
     run.wait_for(process, "deconvolution error")
     if killed:
         while run.newest_step() < -195:  # some steps of the fit are kept
-            assert process.poll() is None, run.log.read_text()
+            assert process.poll() is None, run.log.read_text(encoding="utf-8")
             time.sleep(0.05)
         run.kill(process)
     else:
@@ -158,7 +158,7 @@ def test_sigterm_saves_a_checkpoint_and_ends_the_run_cleanly(new_run: Callable[.
     process.terminate()  # torchrun passes it on, and has an exit code of its own
     assert process.wait(timeout=60) == 0 or processes > 1
     (checkpoint,) = run.folder.glob("checkpoint-*")
-    assert f"Stopped; go on with --resume_from_checkpoint {checkpoint}" in run.log.read_text()
+    assert f"Stopped; go on with --resume_from_checkpoint {checkpoint}" in run.log.read_text(encoding="utf-8")
     steps = int(checkpoint.name.split("-")[1]) + 2
     whole = new_run("whole", processes).to_the_end(f"--max_train_steps={steps}", "--checkpointing_steps=100000")
     assert_same_bits(run.to_the_end(f"--max_train_steps={steps}", "--checkpointing_steps=100000"), whole)
@@ -173,7 +173,7 @@ def test_a_full_disk_while_saving_leaves_the_last_checkpoint_to_go_on_from(new_r
     limit = 8192  # bytes of a file: the kernel refuses to write more, as it does on a full disk
     process = run.start(*longer, preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)))
     assert process.wait(timeout=120) != 0
-    log = run.log.read_text()
+    log = run.log.read_text(encoding="utf-8")
     assert "checkpoint-6 cannot be written, earlier checkpoints are as they were: " in log
     assert {path: path.read_bytes() for path in run.folder.rglob("*checkpoint-*/*")} == before
     assert_same_bits(run.to_the_end(*longer), new_run("whole").to_the_end(*longer))

@@ -236,7 +236,7 @@ def test_what_is_saved_loads_with_its_sampler_or_without_one(pipe: CtrlCscPipeli
     loaded.save_pretrained(tmp_path / "again")
     assert files(tmp_path / "again") == files(tmp_path / "with")
     CtrlCscPipeline(pipe.model, pipe.image_processor).save_pretrained(tmp_path / "without")
-    assert "sampler" not in json.loads((tmp_path / "without" / "model_index.json").read_text())
+    assert "sampler" not in json.loads((tmp_path / "without" / "model_index.json").read_text(encoding="utf-8"))
     loaded = DiffusionPipeline.from_pretrained(tmp_path / "without", trust_remote_code=True)
     with pytest.raises(ValueError, match="sampler must be"):
         loaded.sample()

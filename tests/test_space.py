@@ -66,11 +66,11 @@ def serving(command: list[str], environment: dict[str, str], port: int, log: Pat
     """The address of the page that the command serves, until the block ends."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
     address = f"http://127.0.0.1:{port}"
-    with log.open("w") as output:
+    with log.open("w", encoding="utf-8") as output:
         process = subprocess.Popen(command, env=environment, stdout=output, stderr=subprocess.STDOUT)
         try:
             for _ in range(240):
-                assert process.poll() is None, log.read_text()
+                assert process.poll() is None, log.read_text(encoding="utf-8")
                 try:
                     urllib.request.urlopen(address, timeout=5)
                     break
@@ -189,7 +189,7 @@ def test_an_uploaded_picture_is_reconstructed_looked_into_and_interpolated(
                 assert share in page.locator("#figures").inner_text()
 
             broken = tmp_path / "broken.png"
-            broken.write_text("no image")
+            broken.write_text("no image", encoding="utf-8")
             page.locator("#image").get_by_label("Remove Image").click()
             upload(page, "image", broken)
             page.get_by_text("Error", exact=True).first.wait_for()
@@ -333,8 +333,8 @@ def test_without_a_repository_the_space_says_what_it_needs() -> None:
 
 
 def test_the_spaces_metadata_is_what_the_hub_asks_for() -> None:
-    metadata = yaml.safe_load((SPACE / "README.md").read_text().split("---")[1])
+    metadata = yaml.safe_load((SPACE / "README.md").read_text(encoding="utf-8").split("---")[1])
     assert metadata["sdk"] == "gradio" and (SPACE / metadata["app_file"]).is_file()
     assert len(metadata["short_description"]) <= 60
-    constraints = (SPACE.parents[1] / "constraints.txt").read_text().splitlines()
+    constraints = (SPACE.parents[1] / "constraints.txt").read_text(encoding="utf-8").splitlines()
     assert f"gradio=={metadata['sdk_version']}" in constraints, "the version that CI tests"

@@ -229,10 +229,10 @@ class Flaky:
     def __call__(self, shards: list[int]) -> Iterator[dict]:
         for shard in shards:
             for row in range(80):
-                left = int(self.failures.read_text())
+                left = int(self.failures.read_text(encoding="utf-8"))
                 if (shard, row) == (1, 50) and left:
                     new = self.failures.with_name(f"{os.getpid()}")  # several workers read and write it
-                    new.write_text(str(left - 1))
+                    new.write_text(str(left - 1), encoding="utf-8")
                     os.replace(new, self.failures)
                     raise ConnectionError("the line is dead")
                 yield {"image": random_image(80 * shard + row), "label": 80 * shard + row}
@@ -250,13 +250,13 @@ def test_a_shard_that_fails_is_read_again_and_reported_when_it_stays_so(
     def epoch() -> list[int]:
         return labels_of(loader_of(dataset, num_workers=num_workers).epoch())
 
-    failures.write_text("0")
+    failures.write_text("0", encoding="utf-8")
     undisturbed = epoch()
     assert sorted(undisturbed) == list(range(160))
-    failures.write_text("3")
+    failures.write_text("3", encoding="utf-8")
     assert epoch() == undisturbed
     if not num_workers:
         assert "shard 1 of 2 cannot be read at row 3" in caplog.text  # rows are read 32 at a time
-    failures.write_text("100")
+    failures.write_text("100", encoding="utf-8")
     with pytest.raises(OSError, match=r"shard 1 of 2 cannot be read at row 3\d, tried 6 times: .*the line is dead"):
         epoch()

@@ -66,7 +66,7 @@ def test_the_tour_runs_and_draws_what_is_stored(tmp_path: Path) -> None:
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "cache")}
     result = subprocess.run([sys.executable, __file__, fresh], env=environment, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
-    stored, drawn = (pictures(json.loads(path.read_text())) for path in (TOUR, fresh))
+    stored, drawn = (pictures(json.loads(path.read_text(encoding="utf-8"))) for path in (TOUR, fresh))
     assert len(drawn) == len(stored) and sum(picture is not None for picture in drawn) >= 12
     for index, (old, new) in enumerate(zip(stored, drawn, strict=True)):
         assert (old is None) == (new is None), f"code cell {index}: run `python tests/test_tour.py`"
@@ -81,6 +81,6 @@ def test_the_stored_tour_is_small_enough_for_a_page() -> None:
 if __name__ == "__main__":
     output = Path(sys.argv[1] if len(sys.argv) > 1 else TOUR).absolute()
     os.chdir(TOUR.parent)
-    tour = json.loads(TOUR.read_text())
+    tour = json.loads(TOUR.read_text(encoding="utf-8"))
     run_notebook(tour)
-    output.write_text(json.dumps(tour, indent=1, ensure_ascii=False) + "\n")
+    output.write_text(json.dumps(tour, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -34,7 +34,7 @@ def test_a_run_writes_a_folder_that_the_auto_classes_load_with_its_figures(train
     processor = CtrlCscImageProcessor.from_pretrained(folder)
     pixel_values = processor(Image.new("RGB", (30, 20), "red"), return_tensors="pt").pixel_values
     assert model(pixel_values).reconstruction.shape == (1, 3, 16, 16)
-    metrics = json.loads((folder / "metrics.json").read_text())
+    metrics = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
     assert metrics["step"] == 4 and metrics["unreadable_images"] == 0
     assert 0 < metrics["held_out_psnr"] < 60 and 0 <= metrics["held_out_match"] <= 1
     assert sorted(path.name for path in (folder / "samples").iterdir()) == [
@@ -168,13 +168,15 @@ def test_old_checkpoints_are_removed_beyond_the_limit(train: Train) -> None:
     ),
 ])  # fmt: skip
 def test_every_objective_and_weight_trains(train: Train, flags: tuple[str, ...]) -> None:
-    metrics = json.loads((train(*flags, "--max_train_steps", "2") / "metrics.json").read_text())
+    metrics = json.loads((train(*flags, "--max_train_steps", "2") / "metrics.json").read_text(encoding="utf-8"))
     assert all(value == value for value in metrics.values())
 
 
 def test_steps_before_the_game_are_recorded_by_their_loss(train: Train) -> None:
     folder = train("--energy_warmup_steps", "3", "--deconvolution_warmup_steps", "2")
-    losses = {r["step"]: r["loss"] for r in json.loads((folder / "history.json").read_text()) if "loss" in r}
+    losses = {
+        r["step"]: r["loss"] for r in json.loads((folder / "history.json").read_text(encoding="utf-8")) if "loss" in r
+    }
     assert list(losses) == [-4, -3, -2, -1, 0]
     assert all(loss > 0 for loss in losses.values())
 
@@ -202,7 +204,7 @@ def test_an_unreadable_image_is_skipped_counted_and_reported(
     broken = shutil.copytree(image_folder, tmp_path / "broken")
     (broken / "train" / "class0" / "999.png").write_bytes(b"no image")
     folder = train("--max_train_steps", "12", data=broken)  # four batches of 16 are an epoch
-    skipped = json.loads((folder / "metrics.json").read_text())["unreadable_images"]
+    skipped = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))["unreadable_images"]
     assert skipped >= 1
     assert f"{skipped} unreadable images were skipped" in capsys.readouterr().out
 
@@ -215,7 +217,7 @@ def test_ctrl_c_saves_a_checkpoint_from_which_the_run_goes_on(
     arguments += ["--checkpointing_steps", "100000", "--validation_steps", "100000"]
     launcher = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch", "--num_processes", "1"]
     log = tmp_path / "log"
-    with log.open("w") as output:
+    with log.open("w", encoding="utf-8") as output:
         process = subprocess.Popen(
             [*launcher, str(TRAINING / "train.py"), *arguments],
             stdout=output,
@@ -224,15 +226,15 @@ def test_ctrl_c_saves_a_checkpoint_from_which_the_run_goes_on(
             start_new_session=True,
         )
         deadline = time.monotonic() + 240
-        while "dR" not in log.read_text() and process.poll() is None and time.monotonic() < deadline:
+        while "dR" not in log.read_text(encoding="utf-8") and process.poll() is None and time.monotonic() < deadline:
             time.sleep(0.2)
         os.killpg(process.pid, signal.SIGINT)  # as a terminal does it
         assert process.wait(timeout=120) != 0
     (checkpoint,) = (tmp_path / "model").glob("checkpoint-*")
-    assert f"--resume_from_checkpoint {checkpoint}" in log.read_text()
+    assert f"--resume_from_checkpoint {checkpoint}" in log.read_text(encoding="utf-8")
     step = int(checkpoint.name.split("-")[1])
     train("--resume_from_checkpoint", "latest", "--max_train_steps", str(step + 1))
-    assert json.loads((tmp_path / "model" / "metrics.json").read_text())["step"] == step + 1
+    assert json.loads((tmp_path / "model" / "metrics.json").read_text(encoding="utf-8"))["step"] == step + 1
 
 
 @pytest.mark.parametrize(
@@ -262,15 +264,19 @@ def test_a_preset_with_an_unknown_entry_is_refused(section: str, entry: str, tmp
     from settings import parse_settings
 
     preset = tmp_path / "preset.yaml"
-    preset.write_text(f"{section}: {{{entry}: 1}}")
+    preset.write_text(f"{section}: {{{entry}: 1}}", encoding="utf-8")
     with pytest.raises(ValueError, match=f"{section} must hold .*got .*{entry}"):
         parse_settings(["--config", str(preset), "--dataset_name", "x"])
 
 
 def test_a_run_that_starts_from_a_checkpoint_takes_its_sizes_and_weights(train: Train, tiny_preset: Path) -> None:
     first = train(output="first")
-    larger = tiny_preset.read_text().replace("image_size: 16", "image_size: 32").replace("[4, 4, 4]", "[4, 4, 8]")
-    tiny_preset.write_text(larger)
+    larger = (
+        tiny_preset.read_text(encoding="utf-8")
+        .replace("image_size: 16", "image_size: 32")
+        .replace("[4, 4, 4]", "[4, 4, 8]")
+    )
+    tiny_preset.write_text(larger, encoding="utf-8")
     start = ("--pretrained_model_name_or_path", str(first))
     second = train(*start, "--max_train_steps", "1", "--use_ema", "false", output="second")
     assert CtrlCscConfig.from_pretrained(second).image_size == 16
@@ -360,7 +366,7 @@ def test_cifar10_streams_through_the_preset(train: Train, cifar10: str, tmp_path
     flags += ["--max_train_steps", "2", "--num_validation_images", "64", "--output_dir", str(tmp_path / "cifar10")]
     flags += ["--energy_warmup_steps", "0", "--deconvolution_warmup_steps", "1"]
     folder = main(*parse_settings([*flags, "--train_batch_size", "64"]))
-    assert json.loads((folder / "metrics.json").read_text())["step"] == 2
+    assert json.loads((folder / "metrics.json").read_text(encoding="utf-8"))["step"] == 2
 
 
 def test_imagenet_streams_through_its_preset(tmp_path: Path) -> None:
@@ -376,5 +382,5 @@ def test_imagenet_streams_through_its_preset(tmp_path: Path) -> None:
     flags += ["--max_train_steps", "1", "--num_validation_images", "8", "--train_batch_size", "8", "--use_ema", "false"]
     flags += ["--dataloader_num_workers", "1", "--output_dir", str(tmp_path / "imagenet")]
     flags += ["--energy_warmup_steps", "0", "--deconvolution_warmup_steps", "1"]
-    metrics = json.loads((main(*parse_settings(flags)) / "metrics.json").read_text())
+    metrics = json.loads((main(*parse_settings(flags)) / "metrics.json").read_text(encoding="utf-8"))
     assert metrics["step"] == 1 and metrics["unreadable_images"] == 0

@@ -86,7 +86,7 @@ def main() -> None:
     save_enlarged(folder / "photographs.png", photographs, of_photographs, 4)
     shutil.copy(output_dir / "training_curve.png", folder)
 
-    records = json.loads((output_dir / "history.json").read_text())
+    records = json.loads((output_dir / "history.json").read_text(encoding="utf-8"))
     before, *_, after = (record for record in records if "held_out_psnr" in record)
     mean_psnr = peak_signal_to_noise_ratio(held_out, mean_image).mean()
     distance, mean_distance = (pixel_distance(held_out, images) for images in (reconstructions, mean_image))

@@ -277,13 +277,13 @@ def measure_unseen(rival: Autoencoder, unseen: Tensor, seen: Tensor, device: tor
 
 def write_metrics(path: Path, settings: EvaluationSettings, results: dict[str, dict[str, Any]], count: int) -> None:
     """Adds to what train.py wrote there, if it did: the card's figures, and all figures of all rivals."""
-    metrics = json.loads(path.read_text()) if path.exists() else {}
+    metrics = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
     metrics |= {entry: results[MODEL][key] for entry, key in CARD_FIGURES.items() if key in results[MODEL]}
     numbers = {
         name: getattr(settings, name) for name in ("num_frechet_images", "num_probe_images", "num_unseen_images")
     }
     metrics |= {"held_out_images": count, "evaluation": numbers | {"results": results}}  # and no name of a local folder
-    path.write_text(json.dumps(metrics, indent=2) + "\n")
+    path.write_text(json.dumps(metrics, indent=2) + "\n", encoding="utf-8")
 
 
 def draw(

@@ -218,7 +218,7 @@ def save_model(
     processor.save_pretrained(output_dir)
     figures = next((r for r in reversed(history.records) if "held_out_psnr" in r), {})
     metrics = {**figures, "unreadable_images": history.unreadable}
-    (output_dir / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n")
-    (output_dir / "training_args.json").write_text(json.dumps(settings, indent=2) + "\n")
-    (output_dir / "history.json").write_text(json.dumps(history.records) + "\n")
+    (output_dir / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n", encoding="utf-8")
+    (output_dir / "training_args.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+    (output_dir / "history.json").write_text(json.dumps(history.records) + "\n", encoding="utf-8")
     training_curves(history.records).savefig(output_dir / "training_curve.png", dpi=120)

@@ -108,7 +108,7 @@ def parse_arguments() -> argparse.Namespace:
 def main(arguments: argparse.Namespace) -> None:
     arguments.output_dir.mkdir(parents=True, exist_ok=True)
     record = arguments.output_dir / "results.jsonl"
-    results = [json.loads(line) for line in record.read_text().splitlines()] if record.exists() else []
+    results = [json.loads(line) for line in record.read_text(encoding="utf-8").splitlines()] if record.exists() else []
     for seed in arguments.seeds:
         for row in arguments.rows:
             if not any((result["row"], result["seed"]) == (row, seed) for result in results):
@@ -138,7 +138,7 @@ def run(row: str, seed: int, arguments: argparse.Namespace) -> dict[str, Any]:
     preset = preset_of(row, arguments.num_train_images)
     folder = folder_of(row, seed, arguments.output_dir)
     config = arguments.output_dir / f"{folder.name}.yaml"
-    config.write_text(yaml.safe_dump(preset))
+    config.write_text(yaml.safe_dump(preset), encoding="utf-8")
     start = time.perf_counter()
     subprocess.run(
         [
@@ -170,7 +170,7 @@ def measure(folder: Path, arguments: argparse.Namespace) -> dict[str, float]:
         consistency.update(output.latents, output.reconstructed_latents)
         distance.update(features(batch), features(output.reconstruction))
         probe.update(output.latents, y)
-    held_out = json.loads((folder / "metrics.json").read_text())
+    held_out = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
     return {
         **psnr.compute(),
         **consistency.compute(),
@@ -209,7 +209,9 @@ def draw(results: list[dict[str, Any]], output_dir: Path) -> Figure:
     panels = figure.subplots(1, 3)
     for result in results:
         label = result["row"] + (f", seed {result['seed']}" if result["seed"] else "")
-        records = json.loads((folder_of(result["row"], result["seed"], output_dir) / "history.json").read_text())
+        records = json.loads(
+            (folder_of(result["row"], result["seed"], output_dir) / "history.json").read_text(encoding="utf-8")
+        )
         for axes, key in zip(panels, ("psnr", "rate"), strict=False):
             points = [(record["step"], record[key]) for record in records if key in record]
             axes.plot(*zip(*points, strict=True), label=label, linewidth=1.2)

@@ -100,7 +100,7 @@ def export(
     if sampler := sampler or _sampler(checkpoint):
         sampler.save_pretrained(folder / SAMPLER)
         code, index = CODE | {SAMPLER: (SAMPLER_CODE,)}, MODEL_INDEX | {SAMPLER: ["sampling", "LatentSampler"]}
-    (folder / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
+    (folder / "model_index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
     for subfolder, sources in code.items():
         (folder / subfolder).mkdir(exist_ok=True)
         for source in sources:
@@ -116,9 +116,9 @@ def export(
                 (folder / name).parent.mkdir(exist_ok=True)
                 shutil.copyfile(checkpoint / name, folder / name)
         if settings := public_settings(checkpoint):
-            (folder / SETTINGS).write_text(json.dumps(settings, indent=2) + "\n")
+            (folder / SETTINGS).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
     card = model_card(model, repo_id, checkpoint, pictures, license)
-    (folder / "README.md").write_text(str(card))
+    (folder / "README.md").write_text(str(card), encoding="utf-8")
     return folder
 
 
@@ -178,5 +178,5 @@ def _sampler(checkpoint: Path | None) -> LatentSampler | None:
 
 
 def _add_to_json(path: Path, entries: dict[str, Any]) -> None:
-    content = json.loads(path.read_text()) | entries
-    path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")
+    content = json.loads(path.read_text(encoding="utf-8")) | entries
+    path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")

@@ -114,7 +114,7 @@ def model_card(
     config = model.config
     return ModelCard.from_template(
         card_data,
-        template_str=(MODEL_CARDS / "template.md").read_text(),
+        template_str=(MODEL_CARDS / "template.md").read_text(encoding="utf-8"),
         model_name=repo_id.split("/")[-1],
         published=published,
         repo_id=repo_id,
@@ -184,4 +184,4 @@ def public_settings(checkpoint: Path | None) -> dict[str, Any]:
 
 def _read(checkpoint: Path | None, name: str) -> dict[str, Any]:
     path = None if checkpoint is None else checkpoint / name
-    return json.loads(path.read_text()) if path is not None and path.is_file() else {}
+    return json.loads(path.read_text(encoding="utf-8")) if path is not None and path.is_file() else {}

@@ -24,7 +24,7 @@ def load_preset(name_or_path: str) -> dict[str, dict[str, Any]]:
     path = next((candidate for candidate in candidates if candidate.is_file()), None)
     if path is None:
         raise ValueError(f"a preset must be a YAML file or one of {preset_names()}, got {name_or_path!r}")
-    sections = yaml.safe_load(path.read_text()) or {}
+    sections = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
     if not isinstance(sections, dict) or set(sections) - {"model", "training"}:
         raise ValueError(f"{path} must hold the sections model and training, got {sections!r}")
     return {name: dict(sections.get(name) or {}) for name in ("model", "training")}
