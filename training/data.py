@@ -4,6 +4,7 @@ import hashlib
 import logging
 import math
 import random
+from collections import Counter
 from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
@@ -16,7 +17,7 @@ from datasets.utils.file_utils import xopen
 from PIL import ExifTags, Image, ImageOps
 from torch import Tensor
 
-from ctrl_csc_hf.encoding import ImageDataset, select_images
+from ctrl_csc_hf.encoding import ImageDataset, draw_images, draw_rows, reservoir, undecoded
 from ctrl_csc_hf.image_processing_ctrl_csc import CtrlCscImageProcessor
 
 logger = logging.getLogger(__name__)
@@ -44,8 +45,7 @@ class ImageSource:
             `dataset_name`, the `data_dir` of that data set.
         split: name of the split.
         streaming: read the source as it comes, instead of preparing it on disk first.
-        image_column: column of the images.
-        label_column: column of the labels, integers; None for images without labels.
+        image_column, label_column: see `ctrl_csc_hf.encoding.find_columns`.
         cache_dir: where `datasets` keeps what it prepares.
 
     Raises:
@@ -57,8 +57,8 @@ class ImageSource:
     train_data_dir: str | None = None
     split: str = "train"
     streaming: bool = False
-    image_column: str = "image"
-    label_column: str | None = "label"
+    image_column: str | None = None
+    label_column: str | None = None
     cache_dir: str | None = None
 
     def __post_init__(self) -> None:
@@ -86,7 +86,7 @@ def load_images(source: ImageSource) -> ImageDataset:
         streaming=source.streaming,
         cache_dir=source.cache_dir,
     )
-    return undecoded(dataset, source.image_column, source.label_column)
+    return undecoded(dataset, source.image_column, source.label_column)[0]
 
 
 def to_pixel_values(pixels: Tensor, device: torch.device | str = "cpu") -> Tensor:
@@ -95,87 +95,101 @@ def to_pixel_values(pixels: Tensor, device: torch.device | str = "cpu") -> Tenso
     return moved.float().div_(127.5).sub_(1)
 
 
-def take_images(dataset: ImageDataset, count: int, *, image_column: str, image_size: int) -> Tensor:
+def take_images(dataset: ImageDataset, count: int, *, image_column: str, image_size: int, seed: int = 0) -> Tensor:
     """The images of `take_examples`."""
-    return take_examples(dataset, count, image_column=image_column, image_size=image_size)[0]
+    return take_examples(dataset, count, image_column=image_column, image_size=image_size, seed=seed)[0]
 
 
 def take_examples(
-    dataset: ImageDataset, count: int, *, image_column: str, image_size: int, label_column: str | None = None
+    dataset: ImageDataset,
+    count: int,
+    *,
+    image_column: str,
+    image_size: int,
+    label_column: str | None = None,
+    seed: int = 0,
 ) -> tuple[Tensor, Tensor | None]:
-    """The first `count` readable images, or all if there are fewer, not augmented, and their labels.
+    """A uniform sample of the readable images, or all if there are fewer, not augmented, in random order, with labels.
+
+    Args:
+        seed: of the sample.
 
     Returns:
         (n, 3, s, s), pixels in [-1, 1]; (n,), or None without a column of labels.
 
     Raises:
-        ValueError: for a column that does not exist or holds something else, and if no image can be read.
+        ValueError: for a column that does not exist or holds something else, for a label that is null, and if no image
+            can be read.
     """
-    pixels: list[np.ndarray] = []
-    labels: list[int] = []
-    unreadable = 0
-    for position, row in enumerate(undecoded(dataset, image_column, label_column)):
-        try:
-            pixels.append(decode(row[image_column], image_size))
-        except Exception as error:  # PIL's decoders raise nearly everything on broken files
-            unreadable += 1
-            logger.warning("unreadable image skipped, %s: %r", name_of(row[image_column], str(position)), error)
-            continue
-        if label_column is not None:
-            labels.append(row[label_column])
-        if len(pixels) == count:
-            break
-    if not pixels:
-        raise ValueError(f"none of the {unreadable} images of the data set can be read")
-    images = to_pixel_values(torch.from_numpy(np.stack(pixels)))
-    return images, None if label_column is None else torch.tensor(labels)
+    pixels, labels = draw_images(
+        dataset,
+        count,
+        image_column=image_column,
+        label_column=label_column or "none",
+        seed=seed,
+        read=lambda encoded: decode(encoded, image_size),
+    )
+    if labels is not None and None in labels:
+        raise ValueError(f"label_column={label_column!r} must hold integers, but some labels are null")
+    return to_pixel_values(torch.from_numpy(np.stack(pixels))), None if labels is None else torch.tensor(labels)
 
 
-def hold_out(dataset: ImageDataset, count: int, *, image_column: str) -> tuple[ImageDataset, ImageDataset]:
-    """A data set that `load_images` gives, without its first `count` images, and those.
+def hold_out(
+    dataset: ImageDataset, count: int, *, image_column: str, label_column: str | None = None, seed: int = 0
+) -> tuple[ImageDataset, datasets.Dataset]:
+    """A data set that `load_images` gives, without a uniform sample of its images, and that sample.
 
-    A stream leaves them out by content, with every copy of theirs: its own `skip` leaves out other images as
-    soon as loader workers divide the shards.
+    The sample is at most a tenth of the images, and leaves at least one image of each class. A stream leaves it out by
+    content, with every copy of it: its own `skip` leaves out other images as soon as loader workers divide the shards.
+
+    Args:
+        count: size of the sample. A warning says how many are held out where that is less.
+        seed: the same seed and data set give the same sample.
 
     Raises:
-        ValueError: if there are no more than `count` images.
+        ValueError: if too few images are there to hold one out.
     """
     if isinstance(dataset, datasets.IterableDataset):
-        first = [_digest(row[image_column]) for row in dataset.take(count + 1)]
-        size = len(first)
+        rows, size, left = reservoir(dataset, count, seed, label_column)
     else:
-        size = len(dataset)
-    if size <= count:
-        raise ValueError(f"count must be less than the number of images, {size}, got {count}")
+        rows, size = draw_rows(dataset, count, seed), len(dataset)
+        left = Counter(dataset[label_column] if label_column else [None] * size)
+    allowed = min(count, size // 10)
+    held: list[tuple[str, dict[str, Any]]] = []
+    for key, row in rows:
+        if len(held) == allowed:
+            break
+        if left[row.get(label_column)] > 1:
+            left[row.get(label_column)] -= 1
+            held.append((key, row))
+    if not held:
+        raise ValueError(
+            f"no images can be held out of {size}, of which at most a tenth and not the last one of a class may be: "
+            "give validation_split, or more images"
+        )
+    if len(held) < count:
+        logger.warning("%d images are held out instead of %d, of %d in all", len(held), count, size)
     if isinstance(dataset, datasets.Dataset):
-        return dataset.select(range(count, size)), dataset.select(range(count))
-    digests = frozenset(first[:count])
+        chosen = [int(key) for key, _ in held]
+        rest = np.delete(np.arange(size), chosen)
+        return dataset.select(rest), dataset.select(chosen)
+    digests = frozenset(_digest(row[image_column]) for _, row in held)
     rest = dataset.filter(_is_not_in, input_columns=image_column, fn_kwargs={"digests": digests})
-    return rest, dataset.take(count)
+    return rest, datasets.Dataset.from_list([row for _, row in held], features=dataset.features)
 
 
 def _is_not_in(encoded: dict[str, Any], digests: frozenset[bytes]) -> bool:
     return _digest(encoded) not in digests
 
 
-def _digest(encoded: dict[str, Any]) -> bytes:
-    data = (encoded["bytes"] or encoded["path"].encode()) if encoded else b""
+def _digest(encoded: dict[str, Any] | None) -> bytes:
+    encoded = encoded or {}
+    data = encoded.get("bytes") or (encoded.get("path") or "").encode()
     return hashlib.blake2b(data, digest_size=16).digest()
 
 
-def undecoded(dataset: ImageDataset, image_column: str, label_column: str | None) -> ImageDataset:
-    """The columns asked for, images as {"bytes", "path"}."""
-    dataset = select_images(dataset, image_column, label_column)
-    return dataset.cast_column(image_column, datasets.Image(decode=False))
-
-
-def name_of(encoded: dict[str, Any] | None, key: str) -> str:
-    """What a message calls an image: its path, or else its place in the data set."""
-    return (encoded["path"] if encoded else None) or f"image {key}"
-
-
 def decode(
-    encoded: dict[str, Any],
+    encoded: dict[str, Any] | None,
     image_size: int,
     augmentation: Augmentation = "none",
     generator: random.Random | None = None,
@@ -193,6 +207,8 @@ def decode(
     Raises:
         Exception: what PIL raises, of nearly every kind, for what it cannot read.
     """
+    if encoded is None or encoded["bytes"] is None and encoded["path"] is None:
+        raise ValueError("the image is null")
     data = encoded["bytes"]
     if data is None:
         with xopen(encoded["path"], "rb") as file:

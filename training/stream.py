@@ -6,6 +6,7 @@ Workers only serve lanes, so their number changes nothing. Where a process stand
 """
 
 import logging
+import math
 import os
 import random
 import time
@@ -17,16 +18,17 @@ from typing import Any
 import datasets
 import numpy as np
 import torch
-from data import AUGMENTATIONS, Augmentation, ImageDataset, decode, name_of, undecoded
+from data import AUGMENTATIONS, Augmentation, decode
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
+
+from ctrl_csc_hf.encoding import ROWS_AT_ONCE, ImageDataset, name_of, rows_of, undecoded
 
 logger = logging.getLogger(__name__)
 
 LANES = 16  # of a process, at most; more loader workers would have nothing to do
 LEAST_PIECES = 4  # of a process: with fewer shards, each is divided, so that there is work for as many workers
 CHUNK = 16  # images
-ROWS_AT_ONCE = 32  # read together from Arrow, several times as fast as one by one
 READ_ATTEMPTS = 6
 FIRST_PAUSE = 0.5  # seconds after a shard failed to be read; doubles each time
 NAMED_UNREADABLE = 100  # of the images skipped, so many are remembered by name
@@ -96,7 +98,7 @@ class ImageStream(IterableDataset):
 
     Raises:
         ValueError: for a column that does not exist or holds something else, an empty data set, and arguments
-            other than the above.
+            other than the above; while iterating, for a label that is null or outside of its classes.
         OSError: while iterating, for a shard that cannot be read.
     """
 
@@ -119,7 +121,7 @@ class ImageStream(IterableDataset):
             raise ValueError(f"rank must be in [0, world_size), got rank={rank} and world_size={world_size}")
         if seed < 0:
             raise ValueError(f"seed must be at least 0, got {seed}")
-        dataset = undecoded(dataset, image_column, label_column)
+        dataset, _, _ = undecoded(dataset, image_column, label_column or "none")
         self.num_lanes = LANES
         if isinstance(dataset, datasets.IterableDataset):
             self.parts = -(-LEAST_PIECES * world_size // dataset.num_shards)  # of each shard
@@ -130,6 +132,7 @@ class ImageStream(IterableDataset):
         self.dataset = dataset
         self.image_column = image_column
         self.label_column = label_column
+        self.num_classes = getattr(dataset.features.get(label_column), "num_classes", math.inf)
         self.image_size = image_size
         self.augmentation = augmentation
         self.seed = seed
@@ -176,7 +179,7 @@ class ImageStream(IterableDataset):
         for first in range((given * self.num_lanes + lane) * CHUNK, len(order), self.num_lanes * CHUNK):
             indices = order[first : first + CHUNK].tolist()
             given += 1
-            rows = zip(map(str, indices), _rows_of(self.dataset[indices]), strict=True)
+            rows = zip(map(str, indices), rows_of(self.dataset[indices]), strict=True)
             yield list(rows), (given, 0, 0)
 
     def _chunks_of_shards(self, epoch: int, lane: int, start: Start) -> Iterator[tuple[Rows, Start]]:
@@ -222,7 +225,7 @@ class ImageStream(IterableDataset):
             try:
                 # `iter` gives the shard as it is; plain iteration would divide it over the workers once more.
                 batches = self.dataset.shard(self.dataset.num_shards, shard).iter(ROWS_AT_ONCE)
-                rows = (columns for batch in batches for columns in _rows_of(batch))
+                rows = (columns for batch in batches for columns in rows_of(batch))
                 for row, columns in enumerate(rows):
                     if row >= first_row:
                         yield row, columns
@@ -249,10 +252,19 @@ class ImageStream(IterableDataset):
                 logger.warning("unreadable image skipped, %s: %r", unreadable[-1], error)
                 continue
             if self.label_column is not None:
-                labels.append(int(columns[self.label_column]))
+                labels.append(self._label(columns[self.label_column], name_of(encoded, key)))
         stacked = np.stack(pixels) if pixels else np.empty((0, 3, 0, 0), np.uint8)
         labelled = None if self.label_column is None else np.array(labels, np.int64)
         return Chunk(lane, end, stacked, labelled, unreadable)
+
+
+    def _label(self, label: int | None, name: str) -> int:
+        if label is None or not 0 <= label < self.num_classes:
+            raise ValueError(
+                f"label_column={self.label_column!r} must hold integers in [0, {self.num_classes}), but {name} has the "
+                f"label {label}: leave such images out, or train without labels (--label_column none)"
+            )
+        return label
 
 
 class ImageLoader:
@@ -353,7 +365,3 @@ def _batch(parts: list[tuple[np.ndarray, np.ndarray | None]]) -> dict[str, Tenso
     if parts[0][1] is not None:
         batch["labels"] = torch.from_numpy(np.concatenate([labels for _, labels in parts if labels is not None]))
     return {name: tensor.pin_memory() for name, tensor in batch.items()} if torch.cuda.is_available() else batch
-
-
-def _rows_of(columns: dict[str, list[Any]]) -> Iterator[dict[str, Any]]:
-    return (dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True))

@@ -1,18 +1,34 @@
-"""The images of a data set as pixels and latents, batch by batch. Needs `datasets`."""
+"""The images of a data set: found, sampled, and encoded as pixels and latents, batch by batch. Needs `datasets`."""
 
-from collections.abc import Iterator
+import heapq
+import logging
+from collections import Counter
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import TypeAlias
+from itertools import islice
+from typing import Any, TypeAlias
 
 import datasets
+import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 from tqdm.auto import tqdm
 from transformers.image_processing_utils import BaseImageProcessor
 
 from .modeling_ctrl_csc import CtrlCscModel
 
+logger = logging.getLogger(__name__)
+
 ImageDataset: TypeAlias = datasets.Dataset | datasets.IterableDataset
+Row: TypeAlias = dict[str, Any]
+
+ROWS_AT_ONCE = 32  # read together from Arrow, several times as fast as one by one
+# A sample of a stream is drawn from all of its rows, or from those of at least so many shards, chosen at random, that
+# hold at least so many times the rows that are wanted.
+SAMPLED_SHARDS = 64
+SAMPLED_ROWS = 2
+SPARE_ROWS = 16  # that a sample has, and a tenth more, in place of images that cannot be read
 
 
 @dataclass(frozen=True)
@@ -33,40 +49,179 @@ def encode_dataset(
     model: CtrlCscModel,
     image_processor: BaseImageProcessor,
     *,
-    image_column: str = "image",
-    label_column: str | None = None,
+    image_column: str | None = None,
+    label_column: str | None = "none",
     batch_size: int = 250,
+    num_images: int | None = None,
+    seed: int = 0,
 ) -> Iterator[EncodedBatch]:
-    """All rows in their order, a stream's too, in batches of at most `batch_size`.
+    """All rows in their order, a stream's too, or a uniform sample of them, in batches of at most `batch_size`.
+
+    Images that cannot be read are skipped with a warning. The model encodes in evaluation mode.
+
+    Args:
+        image_column, label_column: see `find_columns`; by default there are no labels.
+        num_images: size of the sample; by default all images are encoded.
+        seed: of the sample.
 
     Raises:
-        ValueError: for a column that does not exist or holds no images, and for labels that are no integers.
+        ValueError: see `find_columns`, and for a label that is null.
     """
-    dataset = select_images(dataset, image_column, label_column)
-    return _batches(dataset, model, image_processor, image_column, label_column, batch_size)
+    dataset, image_column, label_column = undecoded(dataset, image_column, label_column)
+    return _batches(dataset, model, image_processor, image_column, label_column, batch_size, num_images, seed)
 
 
-def select_images(dataset: ImageDataset, image_column: str, label_column: str | None) -> ImageDataset:
-    """The columns of the images and, where there is one, of the labels.
+def draw_images(
+    dataset: ImageDataset,
+    count: int,
+    *,
+    image_column: str | None = None,
+    label_column: str | None = "none",
+    seed: int = 0,
+    read: Callable[[Any], Any] | None = None,
+) -> tuple[list[Any], list[Any] | None]:
+    """A uniform sample without replacement of the readable images of a whole split, in random order; see `draw_rows`.
+
+    Images that cannot be read are skipped with a warning.
+
+    Args:
+        count: size of the sample; all images if there are fewer.
+        image_column, label_column: see `find_columns`; by default there are no labels.
+        seed: the same seed gives the same sample.
+        read: of an undecoded image {"bytes", "path"}; by default it gives a PIL image.
+
+    Returns:
+        What `read` gave, and the labels, None without a column of labels.
 
     Raises:
-        ValueError: for a column that does not exist or holds no images, and for labels that are no integers.
+        ValueError: see `find_columns`, and if no image can be read.
     """
+    dataset, image_column, label_column = undecoded(dataset, image_column, label_column)
+    images: list[Any] = []
+    labels: list[Any] = []
+    for image, row in _readable(draw_rows(dataset, count, seed), image_column, read or open_image):
+        images.append(image)
+        labels.append(row.get(label_column))
+        if len(images) == count:
+            break
+    if not images:
+        raise ValueError(f"image_column={image_column!r} must hold images that can be read, but none of them can")
+    return images, None if label_column is None else labels
+
+
+def draw_rows(dataset: ImageDataset, count: int, seed: int) -> Iterator[tuple[str, Row]]:
+    """A uniform sample of a data set's rows in random order, and what names each: `count` at least, if there are.
+
+    Of a stream, whose rows cannot be reached one by one, a reservoir takes the sample from all rows of shards in a
+    random order: all shards, or, where there are more than `SAMPLED_SHARDS`, as many as hold enough rows. A row group
+    of a Parquet file counts as a shard. Then any row is as likely to be drawn as any other, if shards are of one size.
+    """
+    if isinstance(dataset, datasets.Dataset):
+        order = np.random.default_rng(seed).permutation(len(dataset))
+        for first in range(0, len(order), ROWS_AT_ONCE):
+            indices = order[first : first + ROWS_AT_ONCE].tolist()
+            yield from zip(map(str, indices), rows_of(dataset[indices]), strict=True)
+    else:
+        yield from reservoir(dataset, count, seed)[0]
+
+
+def reservoir(
+    dataset: datasets.IterableDataset, count: int, seed: int, label_column: str | None = None
+) -> tuple[list[tuple[str, Row]], int, Counter[Any]]:
+    """`draw_rows` of a stream; the number of rows that it was drawn from, and how many of these have each label."""
+    shards = dataset.reshard()
+    generator = np.random.default_rng(seed)
+    size = count + count // 10 + SPARE_ROWS
+    drawn: list[tuple[float, str, Row]] = []  # a heap, the largest random number first
+    seen, labels = 0, Counter[Any]()
+    for visited, shard in enumerate(generator.permutation(shards.num_shards).tolist()):
+        if visited >= SAMPLED_SHARDS and seen >= SAMPLED_ROWS * size:
+            break
+        batches = shards.shard(shards.num_shards, shard).iter(ROWS_AT_ONCE)
+        for position, row in enumerate(row for batch in batches for row in rows_of(batch)):
+            entry = (-generator.random(), f"{shard}:{position}", row)
+            heapq.heappush(drawn, entry) if len(drawn) < size else heapq.heappushpop(drawn, entry)
+            seen += 1
+            labels[row.get(label_column)] += 1
+    return [(key, row) for _, key, row in sorted(drawn, reverse=True, key=lambda entry: entry[0])], seen, labels
+
+
+def rows_of(columns: dict[str, list[Any]]) -> Iterator[Row]:
+    return (dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True))
+
+
+def find_columns(
+    features: datasets.Features, image_column: str | None = None, label_column: str | None = None
+) -> tuple[str, str | None]:
+    """The columns of images and of labels.
+
+    Args:
+        features: of the data set.
+        image_column: by default the only column of images.
+        label_column: integers. "none" if labels are not wanted. By default the only column of the type ClassLabel,
+            or else the integers of "label" or "labels"; None where there is none.
+
+    Raises:
+        ValueError: for a column that does not exist or holds something else, and where several columns hold images.
+    """
+    if image_column is None:
+        found = [name for name, feature in features.items() if isinstance(feature, datasets.Image)]
+        if len(found) != 1:
+            raise ValueError(f"image_column must name the column of images, one of {found or list(features)}, got None")
+        (image_column,) = found
+    if label_column is None:
+        classes = [name for name, feature in features.items() if isinstance(feature, datasets.ClassLabel)]
+        found = classes if len(classes) == 1 else [name for name in ("label", "labels") if _is_integer(features, name)]
+        label_column = found[0] if found else None
+    elif label_column == "none":
+        label_column = None
+    for argument, column in (("image_column", image_column), ("label_column", label_column)):
+        if column is not None and column not in features:
+            raise ValueError(f"{argument} must be one of {list(features)}, got {column!r}")
+    if not isinstance(features[image_column], datasets.Image):
+        raise ValueError(f"image_column must hold images, but {image_column!r} holds {features[image_column]}")
+    if label_column is not None and not _is_integer(features, label_column):
+        raise ValueError(f"label_column must hold integers, but {label_column!r} holds {features[label_column]}")
+    return image_column, label_column
+
+
+def undecoded(
+    dataset: ImageDataset, image_column: str | None, label_column: str | None
+) -> tuple[ImageDataset, str, str | None]:
+    """The columns of images, as {"bytes", "path"}, and of labels alone, and their names; see `find_columns`."""
     if dataset.features is None:  # a stream whose columns show in its first rows only
         dataset = dataset._resolve_features()
-    columns = {"image_column": image_column}
-    if label_column is not None:
-        columns["label_column"] = label_column
-    for argument, column in columns.items():
-        if column not in dataset.features:
-            raise ValueError(f"{argument} must be one of {list(dataset.features)}, got {column!r}")
-    if not isinstance(dataset.features[image_column], datasets.Image):
-        raise ValueError(f"image_column must hold images, but {image_column!r} holds {dataset.features[image_column]}")
-    if label_column is not None and "int" not in getattr(dataset.features[label_column], "dtype", ""):
-        raise ValueError(
-            f"label_column must hold integers, but {label_column!r} holds {dataset.features[label_column]}"
-        )
-    return dataset.select_columns(list(columns.values()))
+    image_column, label_column = find_columns(dataset.features, image_column, label_column)
+    dataset = dataset.select_columns([image_column] if label_column is None else [image_column, label_column])
+    return dataset.cast_column(image_column, datasets.Image(decode=False)), image_column, label_column
+
+
+def open_image(encoded: dict[str, Any] | None) -> Image.Image:
+    """A PIL image of {"bytes", "path"}; what PIL raises, of nearly every kind, for what it cannot read."""
+    if encoded is None:
+        raise ValueError("the image is null")
+    return datasets.Image().decode_example(encoded)
+
+
+def name_of(encoded: dict[str, Any] | None, key: str) -> str:
+    """What a message calls an image: its path, or else its place in the data set."""
+    return (encoded["path"] if encoded else None) or f"image {key}"
+
+
+def _is_integer(features: datasets.Features, column: str) -> bool:
+    return "int" in getattr(features.get(column), "dtype", "")
+
+
+def _readable(
+    rows: Iterator[tuple[str, Row]], image_column: str, read: Callable[[Any], Any]
+) -> Iterator[tuple[Any, Row]]:
+    for key, row in rows:
+        try:
+            image = read(row[image_column])
+        except Exception as error:  # PIL's decoders raise nearly everything on broken files
+            logger.warning("unreadable image skipped, %s: %r", name_of(row[image_column], key), error)
+            continue
+        yield image, row
 
 
 def _batches(
@@ -76,13 +231,35 @@ def _batches(
     image_column: str,
     label_column: str | None,
     batch_size: int,
+    num_images: int | None,
+    seed: int,
 ) -> Iterator[EncodedBatch]:
-    for rows in tqdm(dataset.iter(batch_size), desc="batches of images encoded"):
-        pixel_values = image_processor(rows[image_column], return_tensors="pt").pixel_values
-        with torch.inference_mode():
-            latents = model.encode(pixel_values.to(model.device)).latents.float().cpu()
-        labels = None if label_column is None else torch.tensor(rows[label_column])
-        yield EncodedBatch(pixel_values, latents, labels)
+    def pixels(encoded: dict[str, Any] | None) -> Tensor:
+        return image_processor(open_image(encoded), return_tensors="pt").pixel_values
+
+    if num_images is None:
+        rows = ((str(index), row) for index, row in enumerate(r for b in dataset.iter(batch_size) for r in rows_of(b)))
+    else:
+        rows = draw_rows(dataset, num_images, seed)
+    readable = islice(_readable(rows, image_column, pixels), num_images)
+    with tqdm(desc="images encoded", total=num_images) as progress:
+        while chunk := list(islice(readable, batch_size)):
+            pixel_values = torch.cat([image for image, _ in chunk])
+            was_training = model.training
+            with torch.inference_mode():
+                latents = model.eval().encode(pixel_values.to(model.device)).latents.float().cpu()
+            model.train(was_training)
+            progress.update(len(chunk))
+            yield EncodedBatch(pixel_values, latents, _labels(chunk, label_column))
 
 
-__all__ = ["EncodedBatch", "ImageDataset", "encode_dataset", "select_images"]
+def _labels(chunk: list[tuple[Any, Row]], label_column: str | None) -> Tensor | None:
+    if label_column is None:
+        return None
+    labels = [row[label_column] for _, row in chunk]
+    if None in labels:
+        raise ValueError(f"label_column={label_column!r} must hold integers, but some labels are null")
+    return torch.tensor(labels)
+
+
+__all__ = ["EncodedBatch", "ImageDataset", "draw_images", "draw_rows", "encode_dataset", "find_columns"]
