@@ -15,7 +15,7 @@ import transformers
 from PIL import Image, ImageOps
 
 from ctrl_csc_hf import image_processing_ctrl_csc
-from ctrl_csc_hf.image_processing_ctrl_csc import CtrlCscImageProcessor
+from ctrl_csc_hf.image_processing_ctrl_csc import CtrlCscImageProcessor, check_sides
 
 SIZE = 16
 RNG = np.random.default_rng(0)
@@ -286,8 +286,8 @@ def test_where_both_channel_orders_fit_the_caller_has_to_say_which():
             ValueError,
             r"images\[0\] has shape \(0, 8, 3\): .*at least one pixel",
         ),
-        (Image.new("RGB", (0, 8)), ValueError, r"images\[0\] has shape \(8, 0, 3\): .*at least one pixel"),
-        (Image.new("I", (0, 8)), ValueError, r"images\[0\] has shape \(8, 0\): .*at least one pixel"),
+        (Image.new("RGB", (0, 8)), ValueError, r"images\[0\] has 8 x 0 pixels: it must have at least one"),
+        ([PIXELS, Image.new("I", (0, 8))], ValueError, r"images\[1\] has 8 x 0 pixels: it must have at least one"),
         (np.zeros((8, 8, 2), np.uint8), ValueError, r"images\[0\] has shape \(8, 8, 2\): .*C = 1 or 3"),
         (np.zeros((8, 8, 5), np.uint8), ValueError, r"images\[0\] has shape \(8, 8, 5\): .*C = 1 or 3"),
         (np.zeros((8, 8, 4), np.uint8), ValueError, r"\(8, 8, 4\): .*transparency as PIL images"),
@@ -444,8 +444,63 @@ def test_its_file_alone_serves_it_as_remote_code(tmp_path):
     np.testing.assert_array_equal(np.load(tmp_path / "loaded.npy"), process(WIDE).numpy())
 
 
+# Without rescaling
+
+
+@pytest.mark.parametrize("options", [{}, {"do_resize": False}, {"resample": Image.Resampling.LANCZOS}])
+@pytest.mark.parametrize("mean_and_std", [(0.5, 0.5), ([0.1, 0.2, 0.3], [0.4, 0.5, 0.6])])
+def test_floats_give_the_same_pixels_whether_they_are_rescaled_or_not(options, mean_and_std):
+    mean, std = mean_and_std
+    image = RNG.random((SIZE, 24, 3), dtype=np.float32)
+    rescaled, as_they_are = (
+        process(image, do_rescale=do_rescale, image_mean=mean, image_std=std, **options) for do_rescale in (True, False)
+    )
+    torch.testing.assert_close(as_they_are, rescaled, rtol=0, atol=1e-6)
+    centre = (image[:, 4:20].astype(np.float64) - mean) / std
+    torch.testing.assert_close(as_they_are[0].permute(1, 2, 0).double(), torch.from_numpy(centre), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("image", [PIXELS, PIXELS.astype(np.uint16) * 257, Image.fromarray(PIXELS)])
+def test_8_bit_values_that_are_not_rescaled_come_out_as_they_are_or_are_refused(image):
+    raw = process(image, do_rescale=False, do_normalize=False)
+    assert raw.dtype == torch.uint8 and np.array_equal(raw[0].permute(1, 2, 0).numpy(), PIXELS)
+    with pytest.raises(ValueError, match=r"do_normalize=True with do_rescale=False needs floats in .*do_rescale=True"):
+        process(image, do_rescale=False)
+
+
+def test_the_rescale_factor_is_of_8_bit_values_and_floats_stand_for_these():
+    options = {"rescale_factor": 1 / 127.5, "image_mean": 1.0, "image_std": 1.0}  # [0, 2], then [-1, 1]
+    torch.testing.assert_close(process(PIXELS, **options), to_unit(PIXELS), rtol=0, atol=1e-6)
+    torch.testing.assert_close(process(PIXELS / 255, **options), to_unit(PIXELS), rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("return_tensors", [None, "np", "pt"])
+def test_the_container_asked_for_holds_the_same_pixels(return_tensors, processor):
+    pixel_values = processor([PIXELS, WIDE], return_tensors=return_tensors).pixel_values
+    assert type(pixel_values) is {None: list, "np": np.ndarray, "pt": torch.Tensor}[return_tensors]
+    np.testing.assert_array_equal(np.stack([np.asarray(each) for each in pixel_values]), process([PIXELS, WIDE]))
+
+
+# Images that would take gigabytes
+
+
 @pytest.mark.parametrize("shape", [(1, 1001), (2002, 2)])
 def test_an_image_so_thin_that_resizing_would_make_gigabytes_of_it_is_refused(shape: tuple[int, int]) -> None:
-    with pytest.raises(ValueError, match=rf"{shape[0]} x {shape[1]} pixels: a side must be at most 1000 times"):
-        process(Image.fromarray(np.zeros(shape, np.uint8)))
+    message = rf"{shape[0]} x {shape[1]} pixels: a side must be at most 1000 times"
+    for refuse in (process, lambda pixels: process(Image.fromarray(pixels)), lambda pixels: check_sides(*shape)):
+        with pytest.raises(ValueError, match=message):
+            refuse(np.zeros(shape, np.uint8))
     assert process(Image.fromarray(np.zeros((1, 1000), np.uint8))).shape == (1, 3, SIZE, SIZE)
+
+
+def test_an_image_of_more_pixels_than_pil_warns_of_is_refused_before_it_is_decoded() -> None:
+    file = io.BytesIO()
+    Image.new("1", (10_000, 10_000)).save(file, "PNG")
+    with pytest.warns(Image.DecompressionBombWarning):
+        image = Image.open(io.BytesIO(file.getvalue()[:100]))  # without its pixels, which nothing could decode
+    with pytest.raises(ValueError, match=r"images\[1\] has 10000 x 10000 pixels: it must have at most 89,478,485"):
+        process([PIXELS, image])
+    assert Image.MAX_IMAGE_PIXELS == image_processing_ctrl_csc.MOST_PIXELS
+    check_sides(9459, 9459)
+    with pytest.raises(ValueError, match="9460 x 9460 pixels"):
+        check_sides(9460, 9460)

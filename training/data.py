@@ -239,7 +239,7 @@ def decode(
 
 
 # Decides about transparency, 16 bits and the like, for the images of all programs alike.
-_to_rgb = CtrlCscImageProcessor(do_resize=False, do_center_crop=False, do_rescale=False, do_normalize=False)
+_to_rgb = CtrlCscImageProcessor(do_resize=False, do_center_crop=False, rescale_factor=1.0, do_normalize=False)
 
 
 def _shorter_side(width: int, height: int, size: int) -> tuple[int, int]:
