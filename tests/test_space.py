@@ -19,6 +19,8 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from gradio.data_classes import ImageData
+from gradio_client import Client, handle_file
 from hub_server import HubServer
 from PIL import Image
 from playwright.sync_api import Page, sync_playwright
@@ -272,6 +274,86 @@ def test_noise_is_removed_as_the_pipeline_does_and_the_figures_are_of_the_pictur
     assert abs(float(figures.split("with noise ")[1].split(" dB")[0]) + 10 * np.log10(error)) < 0.1
 
 
+def files(folder: Path) -> dict[str, Path]:
+    """Images that no conversion to 8 bits and RGB keeps."""
+    steps = np.linspace(0, 1, 24 * 16).reshape(16, 24)
+    colors = np.zeros((16, 24, 4), np.uint8)
+    colors[..., 0], colors[4:12, 4:12, 3] = 200, 255
+    turned = Image.Exif()
+    turned[0x0112] = 6
+    images = {
+        "grey16.png": (Image.fromarray((steps * 65535).astype(np.uint16)), {}),
+        "float.tif": (Image.fromarray(steps.astype(np.float32)), {}),
+        "transparent.png": (Image.fromarray(colors), {}),
+        "palette.gif": (Image.fromarray(colors[..., 3]).convert("P"), {"transparency": 0}),
+        "turned.jpg": (Image.fromarray((steps * 255).astype(np.uint8)), {"exif": turned, "quality": 100}),
+        "turned.png": (Image.fromarray(colors), {"exif": turned}),
+    }
+    for name, (image, options) in images.items():
+        image.save(folder / name, **options)
+    return {name: folder / name for name in images}
+
+
+def test_an_upload_reaches_the_image_processor_as_its_file_is(tmp_path: Path) -> None:
+    pipe, box = a_pipeline(trained_model(False, "batch_norm")), APP["_given"]("Your image", "image")
+    for name, path in files(tmp_path).items():
+        given = box.preprocess(ImageData(path=str(path), orig_name=name))
+        seen = small(APP["reconstruct"](pipe, given, 1)[0], 8)
+        expected = pipe.image_processor.postprocess(
+            pipe.image_processor(Image.open(path), return_tensors="pt").pixel_values
+        )
+        assert np.array_equal(np.asarray(seen), np.asarray(expected[0])), name
+
+
+def test_the_psnr_is_that_of_the_pictures_shown(tmp_path: Path) -> None:
+    pipe = a_pipeline(trained_model(False, "batch_norm"))
+    for name, path in files(tmp_path).items():
+        original, reconstruction, *_, figures = APP["reconstruct"](pipe, Image.open(path), 1)
+        error = np.square(np.asarray(original, np.float64) - np.asarray(reconstruction)).mean() / 255**2
+        assert figures.startswith(f"PSNR {-10 * np.log10(error):.2f} dB"), name
+
+
+def test_the_api_has_an_endpoint_for_each_tab_and_no_other(tmp_path: Path, photos: list[Path]) -> None:
+    pipe = a_pipeline(trained_model(False, "batch_norm"), a_sampler(labels=torch.tensor([3, 7])))
+    page = APP["build"](pipe, [str(photo) for photo in photos])
+    first, second = map(handle_file, photos)
+    calls = {
+        "/reconstruct": {"image": first, "stage": 1},
+        "/look_inside": {"image": first, "stage": 1},
+        "/denoise": {"image": first, "noise_std": 0.2},
+        "/complete": {"image": first, "share": 0.5, "seed": 1},
+        "/interpolate": {"first": first, "second": second, "position": 0.25},
+        "/sample": {"label": "7", "seed": 5},
+    }
+    _, address, _ = page.launch(prevent_thread_lock=True, quiet=True, allowed_paths=[str(tmp_path)])
+    try:
+        client = Client(address, download_files=str(tmp_path / "answers"), verbose=False)
+        for kind in ("named_endpoints", "unnamed_endpoints"):
+            endpoints = client.view_api(all_endpoints=True, print_info=False, return_format="dict")[kind]
+            assert set(endpoints) == (set(calls) if kind == "named_endpoints" else set())
+        answers = {name: client.predict(api_name=name, **inputs) for name, inputs in calls.items()}
+    finally:
+        page.close()
+    images = [Image.open(photo) for photo in photos]
+    for found, expected in (
+        (answers["/reconstruct"][1], pipe(images[0]).images[0]),
+        (answers["/interpolate"], pipe.interpolate(*images, 21)[5]),
+        (answers["/complete"][2], small(APP["complete"](pipe, images[0], 0.5, 1)[2], 8)),
+        (answers["/sample"], small(APP["sample"](pipe, "7", 5), 35)),
+    ):
+        picture = np.asarray(small(Image.open(found), expected.height)).astype(int)
+        assert np.abs(picture - np.asarray(expected)).max() <= 1
+    assert answers["/denoise"][3].startswith("PSNR: with noise")
+    assert "atoms of stage 1" in answers["/look_inside"][1]
+
+
+def test_what_is_shown_is_of_the_last_input_also_if_it_changed_while_the_page_worked() -> None:
+    page = APP["build"](a_pipeline(trained_model(False, "batch_norm"), a_sampler(labels=None)), [])
+    assert {event["trigger_mode"] for event in page.config["dependencies"]} == {"always_last"}
+    shown = [output for event in page.config["dependencies"] for output in event["outputs"]]
+    assert len(shown) == len(set(shown)), "two events write into one picture"
+
+
 def test_missing_pixels_are_white_as_many_as_asked_for_and_the_others_kept(photos: list[Path]) -> None:
     pipe, photo = a_pipeline(trained_model(False, "batch_norm")), Image.open(photos[0])
     damaged, completed, kept = (np.asarray(small(image, 8)) for image in APP["complete"](pipe, photo, 0.5, 3))
@@ -282,9 +364,16 @@ def test_missing_pixels_are_white_as_many_as_asked_for_and_the_others_kept(photo
     assert np.array_equal(again, damaged) and not np.array_equal(other, damaged)
 
 
-def test_samples_are_the_pipelines_of_this_class_and_seed() -> None:
-    pipe = a_pipeline(trained_model(False, "batch_norm"), a_sampler(labels=torch.tensor([3, 7])))
-    sheet = np.asarray(small(APP["sample"](pipe, "7", 5), 35))
+@pytest.mark.parametrize(("names", "name"), [(None, "7"), ({3: "cat", 7: "horse", 8: "ship"}, "horse")])
+def test_samples_are_the_pipelines_of_this_class_and_seed(names: dict[int, str] | None, name: str) -> None:
+    model = trained_model(False, "batch_norm")
+    if names:
+        model.config.id2label = names
+    pipe = a_pipeline(model, a_sampler(labels=torch.tensor([3, 7])))
+    page = APP["build"](pipe, [])
+    (choices,) = (part["props"]["choices"] for part in page.config["components"] if part["type"] == "dropdown")
+    assert [choice[0] for choice in choices] == ["any", names[3] if names else "3", name]
+    sheet = np.asarray(small(APP["sample"](pipe, name, 5), 35))
     expected = pipe.sample(32, 7, generator=torch.Generator().manual_seed(5))
     for index in (0, 9, 31):
         top, left = index // 8 * 9, index % 8 * 9
@@ -303,10 +392,20 @@ def test_samples_are_the_pipelines_of_this_class_and_seed() -> None:
 def test_wrong_input_is_said_in_words(function: str, arguments: tuple, message: str, photos: list[Path]) -> None:
     pipe = a_pipeline(trained_model(False, "batch_norm"))
     with pytest.raises(gr.Error, match=message):
-        APP["_say_errors"](APP[function], pipe, Image.open(photos[0]), *arguments)
+        APP["_say_errors"](APP[function])(pipe, Image.open(photos[0]), *arguments)
 
 
-def test_without_an_image_every_tab_is_empty() -> None:
+@pytest.mark.parametrize(("harm", "message"), [("cut", "truncated"), ("thin", "1 x 1001 pixels: a side must be")])
+def test_an_upload_that_the_image_processor_refuses_is_said_in_words(harm: str, message: str, tmp_path: Path) -> None:
+    path = tmp_path / "image.png"
+    Image.effect_noise((1001, 1) if harm == "thin" else (40, 40), 50).save(path)
+    if harm == "cut":
+        path.write_bytes(path.read_bytes()[:700])
+    with pytest.raises(gr.Error, match=message):
+        APP["_say_errors"](APP["reconstruct"])(a_pipeline(trained_model(False, "batch_norm")), Image.open(path), 1)
+
+
+def test_without_an_image_every_tab_is_empty(photos: list[Path]) -> None:
     pipe = a_pipeline(trained_model(False, "batch_norm"))
     for function, arguments in (
         ("reconstruct", (1,)),
@@ -315,7 +414,7 @@ def test_without_an_image_every_tab_is_empty() -> None:
         ("complete", (0.5, 0)),
     ):
         assert not any(APP[function](pipe, None, *arguments))
-    assert APP["between"](pipe, None, None, 0.5) == ([], None)
+    assert APP["interpolate"](pipe, None, Image.open(photos[0]), 0.5) is None
 
 
 def test_only_a_repository_with_a_sampler_has_the_tab_that_draws() -> None:

@@ -5,7 +5,7 @@ It runs without ctrl_csc_hf: the repository brings its own code. `ctrl-csc demo`
 
 import os
 from collections.abc import Callable
-from functools import partial
+from functools import partial, wraps
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -34,8 +34,23 @@ def build(pipe: DiffusionPipeline, examples: list[str]) -> gr.Blocks:
     """
     stages = list(range(1, len(pipe.model.config.stage_channels) + 1))
 
-    def does(function: Callable[..., Any]) -> Callable[..., Any]:
-        return partial(_say_errors, function, pipe)
+    def on(
+        triggers: list[Any], function: Callable[..., Any], inputs: list[Any], outputs: Any, progress: str = "hidden"
+    ) -> None:
+        """Calls the function, an API endpoint of its name, once more where a trigger fires while it runs."""
+        gr.on(
+            triggers,
+            _say_errors(partial(function, pipe)),
+            inputs,
+            outputs,
+            api_name=function.__name__,
+            show_progress=progress,
+            trigger_mode="always_last",
+        )
+
+    def offer(images: list[Any], inputs: list[Any]) -> None:
+        if images:
+            gr.Examples(images, inputs, api_visibility="private")
 
     with gr.Blocks(title="CTRL-CSC", analytics_enabled=False) as page:
         gr.Markdown(
@@ -51,21 +66,19 @@ def build(pipe: DiffusionPipeline, examples: list[str]) -> gr.Blocks:
                     _shown("Reconstruction", "reconstruction"),
                     _shown("Difference; grey: none", "difference"),
                 ]
-            if examples:
-                gr.Examples(examples, image)
+            offer(examples, [image])
             figures = gr.Markdown(elem_id="figures")
             stage = gr.Radio(stages, value=1, label="Stage whose codes are shown")
             maps = _shown("Codes of this stage, a map for each atom, most active first; white: zero", "codes", 440)
-            _on([image.change, stage.change], does(reconstruct), [image, stage], [*outputs, maps, figures])
+            on([image.change, stage.change], reconstruct, [image, stage], [*outputs, maps, figures])
         with gr.Tab("Look inside"):
             with gr.Row():
                 image = _given("Your image", "inside_image")
                 inside = _shown("Atoms, and beneath each what it adds to the reconstruction", "inside", scale=3)
             stage = gr.Radio(stages, value=1, label="Stage", elem_id="inside_stage")
             figures = gr.Markdown(elem_id="inside_figures")
-            if examples:
-                gr.Examples(examples, image)
-            gr.on([image.change, stage.change], does(look_inside), [image, stage], [inside, figures])  # takes seconds
+            offer(examples, [image])
+            on([image.change, stage.change], look_inside, [image, stage], [inside, figures], "full")  # takes seconds
         with gr.Tab("Remove noise"):
             with gr.Row():
                 image = _given("Your image", "clean")
@@ -76,9 +89,8 @@ def build(pipe: DiffusionPipeline, examples: list[str]) -> gr.Blocks:
                 ]
             level = gr.Slider(0.05, 0.5, 0.2, step=0.05, label="Standard deviation of the noise, of pixels in [-1, 1]")
             figures = gr.Markdown(elem_id="noise_figures")
-            if examples:
-                gr.Examples(examples, image)
-            _on([image.change, level.change], does(denoise), [image, level], [*outputs, figures])
+            offer(examples, [image])
+            on([image.change, level.change], denoise, [image, level], [*outputs, figures])
         with gr.Tab("Fill in"):
             with gr.Row():
                 image = _given("Your image", "whole")
@@ -89,27 +101,23 @@ def build(pipe: DiffusionPipeline, examples: list[str]) -> gr.Blocks:
                 ]
             share = gr.Slider(0.05, 0.95, 0.5, step=0.05, label="Share of missing pixels")
             seed = gr.Number(0, label="Seed: which ones", precision=0, elem_id="mask_seed")
-            if examples:
-                gr.Examples(examples, image)
-            _on([image.change, share.change, seed.change], does(complete), [image, share, seed], outputs)
+            offer(examples, [image])
+            on([image.change, share.change, seed.change], complete, [image, share, seed], outputs)
         with gr.Tab("Interpolate"):
             with gr.Row():
                 first = _given("One image", "first")
                 frame = _shown("Between them", "between")
                 second = _given("Another", "second")
             position = gr.Slider(0, 1, 0.5, step=1 / (NUM_FRAMES - 1), label="Along the great circle of the latents")
-            if examples[1:]:
-                gr.Examples([list(pair) for pair in pairwise(examples)], [first, second])
-            frames = gr.State([])
-            _on([first.change, second.change], does(between), [first, second, position], [frames, frame])
-            _on([position.change], pick, [frames, position], frame)
+            offer([list(pair) for pair in pairwise(examples)], [first, second])
+            on([first.change, second.change, position.change], interpolate, [first, second, position], frame)
         if pipe.sampler is not None:
             with gr.Tab("Draw new images"):
                 samples = _shown("Decoded from latents that the sampler drew", "samples", 440)
-                classes = [] if pipe.sampler.labels is None else sorted(set(pipe.sampler.labels.tolist()))
-                label = gr.Dropdown([ANY, *map(str, classes)], value=ANY, label="Class", visible=bool(classes))
+                classes = list(_classes(pipe))
+                label = gr.Dropdown([ANY, *classes], value=ANY, label="Class", visible=bool(classes))
                 seed = gr.Number(0, label="Seed", precision=0, elem_id="sample_seed")
-                _on([page.load, label.change, seed.change], does(sample), [label, seed], samples)
+                on([page.load, label.change, seed.change], sample, [label, seed], samples)
     return page
 
 
@@ -119,16 +127,15 @@ def reconstruct(pipe: DiffusionPipeline, image: Image.Image | None, stage: int) 
         return None, None, None, None, ""
     output = pipe(image, output_type="np", return_codes=True)
     original = pipe.image_processor.postprocess(_pixels(pipe, image), output_type="np")[0]
-    reconstruction = output.images[0]
+    pictures = _picture(original), _picture(output.images[0])
     codes = output.codes[stage - 1][0]
     channels, height, width = codes.shape
     figures = (
-        f"PSNR {_psnr(original, reconstruction):.2f} dB, from {pipe.model.config.latent_dim} numbers. Stage {stage} of "
+        f"PSNR {_psnr(*pictures):.2f} dB, from {pipe.model.config.latent_dim} numbers. Stage {stage} of "
         f"{len(output.codes)}: {channels} atoms at {height}x{width} places; {(codes > 0).float().mean().item():.1%} of "
         f"its {codes.numel():,} codes are not zero."
     )
-    difference = 0.5 + (original - reconstruction) / 2
-    return _picture(original), _picture(reconstruction), _picture(difference), _maps(codes), figures
+    return *pictures, _picture(0.5 + (original - output.images[0]) / 2), _maps(codes), figures
 
 
 def look_inside(pipe: DiffusionPipeline, image: Image.Image | None, stage: int) -> tuple[Any, ...]:
@@ -166,12 +173,12 @@ def denoise(pipe: DiffusionPipeline, image: Image.Image | None, noise_std: float
     reconstruction = pipe(noisy, output_type="np").images[0]
     denoised = pipe.denoise(noisy, noise_std, output_type="np")[0]
     original = pipe.image_processor.postprocess(clean, output_type="np")[0]
-    pictures = (noisy[0].permute(1, 2, 0).numpy(), reconstruction, denoised)
+    pictures = [_picture(pixels) for pixels in (noisy[0].permute(1, 2, 0).numpy(), reconstruction, denoised)]
     names = ("with noise", "reconstruction", "denoised")
     figures = ", ".join(
-        f"{name} {_psnr(original, pixels):.2f} dB" for name, pixels in zip(names, pictures, strict=True)
+        f"{name} {_psnr(_picture(original), picture):.2f} dB" for name, picture in zip(names, pictures, strict=True)
     )
-    return *map(_picture, pictures), f"PSNR: {figures}."
+    return *pictures, f"PSNR: {figures}."
 
 
 def complete(pipe: DiffusionPipeline, image: Image.Image | None, share: float, seed: int | None) -> tuple[Any, ...]:
@@ -185,24 +192,21 @@ def complete(pipe: DiffusionPipeline, image: Image.Image | None, share: float, s
     return _picture(damaged[0].permute(1, 2, 0).numpy()), _picture(completed), _picture(kept)
 
 
-def between(pipe: DiffusionPipeline, a: Image.Image | None, b: Image.Image | None, position: float) -> tuple[Any, ...]:
-    """All frames between two images, and the one at a position in [0, 1]."""
-    if a is None or b is None:
-        return [], None
-    frames = [_picture(frame) for frame in pipe.interpolate(a, b, NUM_FRAMES, output_type="np")]
-    return frames, pick(frames, position)
-
-
-def pick(frames: list[Image.Image], position: float) -> Image.Image | None:
-    return frames[round(position * (NUM_FRAMES - 1))] if frames else None
+def interpolate(
+    pipe: DiffusionPipeline, first: Image.Image | None, second: Image.Image | None, position: float
+) -> Image.Image | None:
+    """The image at a position in [0, 1] between two."""
+    if first is None or second is None:
+        return None
+    frames = pipe.interpolate(first, second, NUM_FRAMES, output_type="np")
+    return _picture(frames[round(position * (NUM_FRAMES - 1))])
 
 
 def sample(pipe: DiffusionPipeline, label: str, seed: int | None) -> Image.Image:
     """New images, of a class where the sampler has classes."""
     rows, columns = SAMPLES
-    drawn = pipe.sample(
-        rows * columns, None if label == ANY else int(label), generator=_generator(seed), output_type="pt"
-    )
+    chosen = None if label == ANY else _classes(pipe)[label]
+    drawn = pipe.sample(rows * columns, chosen, generator=_generator(seed), output_type="pt")
     return _sheet(pipe, 2 * drawn - 1, columns)
 
 
@@ -241,7 +245,10 @@ def atoms_in_pixels(decoder: Any, stage: int, chosen: torch.Tensor) -> torch.Ten
 
 
 def _given(label: str, elem_id: str) -> gr.Image:
-    return gr.Image(label=label, elem_id=elem_id, type="pil", sources=["upload", "clipboard"], height=300)
+    """A box for an image that comes as its file is: `image_mode` None, or it would be converted to 8 bits and RGB."""
+    return gr.Image(
+        label=label, elem_id=elem_id, type="pil", image_mode=None, sources=["upload", "clipboard"], height=300
+    )
 
 
 def _shown(label: str, elem_id: str, height: int = 300, scale: int = 1) -> gr.Image:
@@ -256,16 +263,24 @@ def _shown(label: str, elem_id: str, height: int = 300, scale: int = 1) -> gr.Im
     )
 
 
-def _on(events: list[Any], function: Callable[..., Any], inputs: list[Any], outputs: Any) -> None:
-    gr.on(events, function, inputs, outputs, show_progress="hidden")
+def _say_errors(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The function, which tells the page in its own words what it refuses."""
+
+    @wraps(function)
+    def call(*args: Any) -> Any:
+        try:
+            return function(*args)
+        except (ValueError, TypeError, OSError) as error:  # PIL's of a broken file is the last
+            raise gr.Error(str(error)) from error
+
+    return call
 
 
-def _say_errors(function: Callable[..., Any], *args: Any) -> Any:
-    """Calls it; what it refuses appears on the page in its words."""
-    try:
-        return function(*args)
-    except (ValueError, TypeError) as error:
-        raise gr.Error(str(error)) from error
+def _classes(pipe: DiffusionPipeline) -> dict[str, int]:
+    """The sampler's classes by their names, or by their numbers where the model's configuration has no names."""
+    labels = [] if pipe.sampler.labels is None else pipe.sampler.labels.unique().tolist()
+    names = pipe.model.config.id2label
+    return {names[label] if set(labels) <= set(names) else str(label): label for label in labels}
 
 
 def _generator(seed: int | None) -> torch.Generator:
@@ -279,9 +294,10 @@ def _pixels(pipe: DiffusionPipeline, image: Image.Image) -> torch.Tensor:
     return pipe.image_processor(image, return_tensors="pt").pixel_values
 
 
-def _psnr(original: np.ndarray, other: np.ndarray) -> float:
-    """In dB, of pixels in [0, 1]."""
-    return float(-10 * np.log10(np.square(original - other).mean() + 1e-12))
+def _psnr(original: Image.Image, other: Image.Image) -> float:
+    """In dB, of two pictures of the page."""
+    difference = np.asarray(original).astype(int) - np.asarray(other)
+    return float(-10 * np.log10(np.square(difference / 255).mean() + 1e-12))
 
 
 def _picture(pixels: np.ndarray) -> Image.Image:
