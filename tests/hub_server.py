@@ -68,6 +68,7 @@ class HubError(Exception):
 class HubServer:
     """`with HubServer() as server`: the client reaches it under `server.url`.
 
+    datasets: what the Hub tells of a data set, by its id: cardData, private, gated.
     requests: what came in, as (method, path).
     break_next: what fails at its next request, one of "lfs" (the server gives up in the middle of the upload), "commit"
         (the server answers 403) and "silence" (the server takes part of an upload, sets `silent` and never answers).
@@ -75,6 +76,7 @@ class HubServer:
 
     def __init__(self) -> None:
         self.repositories: dict[str, Repository] = {}
+        self.datasets: dict[str, dict[str, Any]] = {}
         self.objects: dict[str, bytes] = {}  # LFS, sha256 -> content
         self.requests: list[tuple[str, str]] = []
         self.break_next: str | None = None
@@ -124,6 +126,7 @@ class _Handler(BaseHTTPRequestHandler):
         ("POST", r"/api/models/(.+?)/tag/([^/]+)", "tag"),
         ("GET", r"/api/models/([^/]+/[^/]+)/tree/([^/]+)(?:/.*)?", "tree"),
         ("GET", r"/api/models/([^/]+/[^/]+)(?:/revision/([^/]+))?", "info"),
+        ("GET", r"/api/datasets/([^/]+/[^/]+)", "dataset_info"),
         ("HEAD", r"/([^/]+/[^/]+)/resolve/([^/]+)/(.+)", "resolve"),
         ("GET", r"/([^/]+/[^/]+)/resolve/([^/]+)/(.+)", "resolve"),
     )
@@ -261,6 +264,11 @@ class _Handler(BaseHTTPRequestHandler):
             "cardData": yaml.safe_load(card[1]) if card else None,
             "siblings": [{"rfilename": path} for path in sorted(repository.commits[sha])],
         })  # fmt: skip
+
+    def dataset_info(self, name: str) -> None:
+        if name not in self.hub.datasets:
+            raise HubError(404, "RepoNotFound", f"no data set {name}")
+        self._send({"id": name, "private": False, "gated": False, "siblings": []} | self.hub.datasets[name])
 
     def resolve(self, name: str, revision: str, path: str) -> None:
         repository = self._repository(name)

@@ -135,9 +135,11 @@ def a_checkpoint(folder: Path, model: CtrlCscModel, examples: int = 2) -> Path:
     """As train.py leaves it, in short."""
     model.save_pretrained(folder)
     CtrlCscImageProcessor(image_size=model.config.image_size).save_pretrained(folder)
-    (folder / "metrics.json").write_text(json.dumps({"step": 4, "held_out_psnr": 17.5}), encoding="utf-8")
+    psnr = {"name": "psnr", "value": 17.5, "dataset": "uoft-cs/cifar10", "split": "test", "num_images": 100}
+    figures = [psnr | {"feature_model": None, "measured_by": "training/train.py"}]
+    (folder / "metrics.json").write_text(json.dumps({"step": 4, "figures": figures}), encoding="utf-8")
     (folder / "training_args.json").write_text(
-        json.dumps({"dataset_name": "uoft-cs/cifar10", "max_train_steps": 4}), encoding="utf-8"
+        json.dumps({"hub_dataset_id": "uoft-cs/cifar10", "max_train_steps": 4}), encoding="utf-8"
     )
     (folder / "examples").mkdir()
     for name in ("reconstructions.png", *(f"examples/{index}.png" for index in range(examples))):
@@ -148,8 +150,8 @@ def a_checkpoint(folder: Path, model: CtrlCscModel, examples: int = 2) -> Path:
 def test_the_same_checkpoint_gives_the_same_bytes_in_every_process(tmp_path: Path) -> None:
     checkpoint = a_checkpoint(tmp_path / "checkpoint", trained_model(True, "batch_norm"))
     code = (
-        "import sys; from ctrl_csc_hf import CtrlCscModel; "
-        "CtrlCscModel.from_pretrained(sys.argv[1]).export(sys.argv[2], checkpoint=sys.argv[1])"
+        "import sys; from ctrl_csc_hf import CtrlCscModel; from ctrl_csc_hf.hub import export; "
+        "export(CtrlCscModel.from_pretrained(sys.argv[1]), sys.argv[2], checkpoint=sys.argv[1])"
     )
     for name, seed in (("first", "1"), ("second", "2")):
         command = [sys.executable, "-c", code, str(checkpoint), str(tmp_path / name)]
@@ -157,7 +159,7 @@ def test_the_same_checkpoint_gives_the_same_bytes_in_every_process(tmp_path: Pat
     first = files(tmp_path / "first")
     assert first == files(tmp_path / "second")
     assert {"README.md", "architecture.png", "examples/1.png", "metrics.json", "training_args.json"} <= set(first)
-    CtrlCscModel.from_pretrained(tmp_path / "first").export(tmp_path / "again", checkpoint=tmp_path / "first")
+    export(CtrlCscModel.from_pretrained(tmp_path / "first"), tmp_path / "again", checkpoint=tmp_path / "first")
     assert first == files(tmp_path / "again")
 
 
@@ -255,11 +257,16 @@ def test_a_missing_tensor_is_reported(tmp_path: Path) -> None:
 # ---- over HTTP
 
 
-def publisher(server: HubServer, checkpoint: Path, name: str = "org/name", *flags: str) -> subprocess.Popen[str]:
+TERMS = ("--license", "mit", "--public")
+
+
+def publisher(
+    server: HubServer, checkpoint: Path, name: str = "org/name", *flags: str, terms: tuple[str, ...] = TERMS
+) -> subprocess.Popen[str]:
     """The command, in a process of its own: the client reads its environment on import."""
     command = str(Path(sys.executable).parent / "ctrl-csc")
     return subprocess.Popen(
-        [command, "publish", str(checkpoint), "--repo_id", name, *flags],
+        [command, "publish", str(checkpoint), "--repo_id", name, *terms, *flags],
         env={**os.environ, **server.environment(checkpoint.parent / "publisher")},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -267,8 +274,10 @@ def publisher(server: HubServer, checkpoint: Path, name: str = "org/name", *flag
     )
 
 
-def publish(server: HubServer, checkpoint: Path, name: str = "org/name", *flags: str) -> str:
-    process = publisher(server, checkpoint, name, *flags)
+def publish(
+    server: HubServer, checkpoint: Path, name: str = "org/name", *flags: str, terms: tuple[str, ...] = TERMS
+) -> str:
+    process = publisher(server, checkpoint, name, *flags, terms=terms)
     output, errors = process.communicate()
     assert process.returncode == 0, errors
     return output.strip()
@@ -340,14 +349,14 @@ def test_a_publication_replaces_what_the_one_before_had_and_leaves_what_others_a
         first = a_checkpoint(tmp_path / "first", model, examples=4)
         LatentSampler(torch.ones(1), torch.zeros(1, 6), [torch.eye(6)]).save_pretrained(first / "sampler")
         publish(server, first)
-        assert {"sampler/model.safetensors", "sampler/sampling.py"} <= set(server.files("org/name"))
+        assert {"sampler/model.safetensors", "sampler/sampling_ctrl_csc.py"} <= set(server.files("org/name"))
         repository = server.repositories["org/name"]
         added = {name: Blob(b"by hand", False) for name in ("notes.md", "figures/plot.png", "model/old.py")}
         repository.commit(repository.commits[repository.sha("main")] | added)
         model.save_pretrained(tmp_path / "second")  # without figures, settings, pictures and sampler
         publish(server, tmp_path / "second")
         found = set(server.files("org/name"))
-    export(model, tmp_path / "expected", repo_id="org/name")
+    export(model, tmp_path / "expected", repo_id="org/name", license="mit")
     assert found == {*files(tmp_path / "expected"), ".gitattributes", "notes.md", "figures/plot.png"}
 
 
@@ -371,7 +380,15 @@ def test_train_publishes_what_it_trained(tiny_preset: Path, image_folder: Path, 
     flags = [f"--{name}={path}" for name, path in paths.items()]
     with HubServer() as server:
         subprocess.run(
-            [sys.executable, str(TRAINING / "train.py"), *flags, "--push_to_hub", "--hub_model_id=org/trained"],
+            [
+                sys.executable,
+                str(TRAINING / "train.py"),
+                *flags,
+                "--push_to_hub",
+                "--hub_model_id=org/trained",
+                "--hub_license=mit",
+                "--hub_private_repo=False",
+            ],
             env={**os.environ, "OMP_NUM_THREADS": "1", **server.environment(tmp_path / "cache")},
             check=True,
         )

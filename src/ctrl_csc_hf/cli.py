@@ -135,8 +135,17 @@ def inspect(
 def publish(
     checkpoint: Annotated[Path, typer.Argument(help="A folder that train.py wrote.", exists=True, file_okay=False)],
     repo_id: Annotated[str, typer.Option("--repo_id", help="ORGANIZATION/NAME on the Hub.")],
-    private: Annotated[bool, typer.Option("--private", help="Create a private repository.")] = False,
-    license: Annotated[str, typer.Option(help="Of the weights, as the Hub lists licences.")] = "apache-2.0",
+    private: Annotated[
+        bool | None,
+        typer.Option(
+            "--private/--public",
+            help="Visibility of a new repository; by default private if the Hub data set is private or gated.",
+        ),
+    ] = None,
+    license: Annotated[
+        str | None,
+        typer.Option(help="Licence of the weights, as the Hub lists them; by default that of the Hub data set."),
+    ] = None,
     half: Annotated[bool, typer.Option("--half", help="Store the dictionaries in float16, half as large.")] = False,
     dry_run: Annotated[Path | None, typer.Option("--dry_run", help="Write the folder here; upload nothing.")] = None,
 ) -> None:

@@ -1,14 +1,9 @@
-"""A checkpoint as a Hub repository: one folder for every door, the weights in it once.
-
-AutoModel, AutoImageProcessor and AutoConfig, the two halves, DiffusionPipeline and Inference Endpoints all read it,
-with and without this package: the code that they need lies beside the weights.
-"""
+"""A checkpoint as a Hub repository: the folder of repository_ctrl_csc.py with a card, figures and pictures."""
 
 import json
 import shutil
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
 
 from huggingface_hub import HfApi
 from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
@@ -16,40 +11,16 @@ from safetensors.torch import load_file, save_file
 from transformers.image_processing_utils import BaseImageProcessor
 
 from .image_processing_ctrl_csc import CtrlCscImageProcessor
-from .model_card import FIGURE, MODEL_CARDS, model_card, public_settings
+from .model_card import FIGURE, MODEL_CARDS, model_card, public_metrics, public_settings
 from .modeling_ctrl_csc import CtrlCscModel
+from .repository_ctrl_csc import RECORDS, save_repository
+from .repository_ctrl_csc import SAMPLER as SAMPLER
 from .sampling import LatentSampler
 from .visualization import architecture_figure
 
-PACKAGE = Path(__file__).parent
-CODE = {  # where it lies in the repository; diffusers fetches a component's folder, and the pipeline from the root
-    "model": (
-        "configuration_ctrl_csc.py",
-        "sparse_coding.py",
-        "batch_norm.py",
-        "modeling_ctrl_csc.py",
-        "remote/load_model.py",
-    ),
-    "image_processor": ("image_processing_ctrl_csc.py", "remote/load_image_processor.py"),
-    ".": ("pipeline_ctrl_csc.py", "restoration.py"),
-}
-SAMPLER = "sampler"  # the folder of the pipeline's optional component, in a checkpoint too; here with its code
-SAMPLER_CODE = "sampling.py"
-RECORDS = ("metrics.json", "training_curve.png")
-SETTINGS = "training_args.json"
 GRID = "reconstructions.png"
 # What only some checkpoints have, and code that may be renamed: of these no older publication's files stay.
-REPLACED = ("examples/*.png", "image_processor/*.py", "model/*.py", f"{SAMPLER}/*", *RECORDS, SETTINGS, GRID)
-MODEL_AUTO_MAP = {
-    "AutoConfig": "model/configuration_ctrl_csc.CtrlCscConfig",
-    "AutoModel": "model/modeling_ctrl_csc.CtrlCscModel",
-}
-IMAGE_PROCESSOR_AUTO_MAP = {"AutoImageProcessor": "image_processor/image_processing_ctrl_csc.CtrlCscImageProcessor"}
-MODEL_INDEX = {
-    "_class_name": ["pipeline_ctrl_csc", "CtrlCscPipeline"],
-    "image_processor": ["load_image_processor", "ImageProcessor"],
-    "model": ["load_model", "Model"],
-}
+REPLACED = ("image_processor/*.py", "model/*.py", f"{SAMPLER}/*", *RECORDS)
 
 
 def export(
@@ -60,7 +31,7 @@ def export(
     checkpoint: str | Path | None = None,
     image_processor: BaseImageProcessor | None = None,
     sampler: LatentSampler | None = None,
-    license: str = "apache-2.0",
+    license: str | None = None,
     half: bool = False,
 ) -> Path:
     """Writes the folder of a Hub repository: weights, configuration, image processor, the code of all, and the card.
@@ -69,12 +40,12 @@ def export(
 
     Args:
         model: what to publish.
-        folder: is made where it does not exist.
+        folder: is made if it does not exist.
         repo_id: where it will be published, "organization/name", which the card tells.
         checkpoint: the folder that train.py wrote; the card tells its settings and figures, and shows its pictures.
         image_processor: the model's; by default the checkpoint's, or the one of the model's image size.
-        sampler: the pipeline's; by default the checkpoint's, where it has one.
-        license: identifier of the weights' licence, as the Hub lists them.
+        sampler: the pipeline's; by default the checkpoint's, if it has one.
+        license: identifier of the weights' licence, as the Hub lists them; None leaves it out of the card.
         half: whether the file holds the dictionaries in float16, half as large; the model is loaded in its own
             precision, with atoms made unit vectors again.
 
@@ -86,37 +57,26 @@ def export(
     validate_repo_id(repo_id)
     if "/" not in repo_id:
         raise ValueError(f"repo_id must be ORGANIZATION/NAME, got {repo_id!r}")
-    if folder.exists() and not folder.is_dir():
-        raise ValueError(f"folder must be a folder or not exist, got {folder}")
     if checkpoint is not None and folder.resolve() == checkpoint.resolve():
         raise ValueError(f"folder must be another one than the checkpoint's, got {folder}")
-    model.save_pretrained(folder)
+    image_processor = image_processor or _image_processor(model, checkpoint)
+    save_repository(folder, model, image_processor, sampler or _sampler(checkpoint))
     if half:
         _store_in_half(folder / "model.safetensors")
-    (image_processor or _image_processor(model, checkpoint)).save_pretrained(folder)
-    _add_to_json(folder / "config.json", {"auto_map": MODEL_AUTO_MAP})
-    _add_to_json(folder / "preprocessor_config.json", {"auto_map": IMAGE_PROCESSOR_AUTO_MAP})
-    code, index = CODE, MODEL_INDEX
-    if sampler := sampler or _sampler(checkpoint):
-        sampler.save_pretrained(folder / SAMPLER)
-        code, index = CODE | {SAMPLER: (SAMPLER_CODE,)}, MODEL_INDEX | {SAMPLER: ["sampling", "LatentSampler"]}
-    (folder / "model_index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
-    for subfolder, sources in code.items():
-        (folder / subfolder).mkdir(exist_ok=True)
-        for source in sources:
-            shutil.copyfile(PACKAGE / source, folder / subfolder / Path(source).name)
     shutil.copyfile(MODEL_CARDS / "handler.py", folder / "handler.py")
     architecture_figure(model.config).save(folder / FIGURE)
     pictures: list[str] = []
     if checkpoint is not None:
         pictures = [GRID, *sorted(f"examples/{path.name}" for path in checkpoint.glob("examples/*.png"))]
         pictures = [name for name in pictures if (checkpoint / name).is_file()]
-        for name in (*RECORDS, *pictures):
+        for name in ("training_curve.png", *pictures):
             if (checkpoint / name).is_file():
                 (folder / name).parent.mkdir(exist_ok=True)
                 shutil.copyfile(checkpoint / name, folder / name)
-        if settings := public_settings(checkpoint):
-            (folder / SETTINGS).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+        records = {"metrics.json": public_metrics(checkpoint), "training_args.json": public_settings(checkpoint)}
+        for name, record in records.items():
+            if record:
+                (folder / name).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
     card = model_card(model, repo_id, checkpoint, pictures, license)
     (folder / "README.md").write_text(str(card), encoding="utf-8")
     return folder
@@ -126,8 +86,8 @@ def publish(
     checkpoint: str | Path,
     repo_id: str,
     *,
-    private: bool = False,
-    license: str = "apache-2.0",
+    private: bool | None = None,
+    license: str | None = None,
     half: bool = False,
 ) -> str:
     """Uploads a checkpoint in the form of `export`, as one commit: a reader sees all of it or nothing.
@@ -138,16 +98,26 @@ def publish(
 
     Args:
         checkpoint: a folder that `save_pretrained` or train.py wrote.
-        repo_id: "organization/name", or "name" for the account's own; is created where it does not exist.
-        private: whether a repository that is created is private.
-        license, half: as in `export`.
+        repo_id: "organization/name", or "name" for the account's own; is created if it does not exist.
+        private: whether a repository that is created is private; None as `publication_terms` says.
+        license: identifier of the weights' licence, as the Hub lists them; None as `publication_terms` says.
+        half: as in `export`.
 
     Returns:
         The repository's address.
+
+    Raises:
+        ValueError: as `publication_terms`, and if the repository must be private and is public.
     """
     model = CtrlCscModel.from_pretrained(checkpoint)
+    license, private = publication_terms(public_settings(Path(checkpoint)).get("hub_dataset_id"), license, private)
     api = HfApi()
     repository = api.create_repo(repo_id, private=private, exist_ok=True)
+    if private and not api.model_info(repository.repo_id).private:
+        raise ValueError(
+            f"private is {private}, but the repository {repository.repo_id} is public: make it private on the Hub, or "
+            "publish with private=False"
+        )
     with TemporaryDirectory() as folder:
         export(model, folder, repo_id=repository.repo_id, checkpoint=checkpoint, license=license, half=half)
         api.upload_folder(
@@ -157,6 +127,40 @@ def publish(
             commit_message="Publish with ctrl-csc-hf",
         )
     return str(repository)
+
+
+def publication_terms(dataset_id: str | None, license: str | None, private: bool | None) -> tuple[str, bool]:
+    """Licence and visibility of a model: what is None follows from the data set that it was trained on.
+
+    Args:
+        dataset_id: the training data's id on the Hub, None if they are local.
+        license: None for the data set's own.
+        private: None for private if the data set is private or gated, else public.
+
+    Returns:
+        The licence, and whether the repository is private.
+
+    Raises:
+        ValueError: if local data leave one of them open, or if the data set has no licence that could be taken.
+    """
+    flags = {
+        "license (--license or --hub_license)": license,
+        "private (--private, --public or --hub_private_repo)": private,
+    }
+    missing = [name for name, value in flags.items() if value is None]
+    if missing and dataset_id is None:
+        raise ValueError(f"{' and '.join(missing)} must be given to publish a model of local data")
+    if missing:
+        dataset = HfApi().dataset_info(str(dataset_id))
+        if private is None:
+            private = bool(dataset.private or dataset.gated)
+        if license is None:
+            found = dataset.card_data.license if dataset.card_data else None
+            if not isinstance(found, str) or found == "unknown":
+                raise ValueError(f"{missing[0]} must be given, as the data set {dataset_id} has the licence {found!r}")
+            license = found
+    assert license is not None and private is not None
+    return license, private
 
 
 def _store_in_half(path: Path) -> None:
@@ -175,8 +179,3 @@ def _sampler(checkpoint: Path | None) -> LatentSampler | None:
     if checkpoint is not None and (checkpoint / SAMPLER).is_dir():
         return LatentSampler.from_pretrained(checkpoint / SAMPLER)
     return None
-
-
-def _add_to_json(path: Path, entries: dict[str, Any]) -> None:
-    content = json.loads(path.read_text(encoding="utf-8")) | entries
-    path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")

@@ -1,6 +1,7 @@
 """The model card of a checkpoint, filled from what the checkpoint holds: no figure is typed by hand."""
 
 import json
+import math
 import re
 from pathlib import Path
 from typing import Any
@@ -25,22 +26,24 @@ GAME = (
     "Encoder and decoder play a game: the encoder raises dR(Z, Zh) = R(Z u Zh) - R(Z)/2 - R(Zh)/2, which tells the "
     "latents of images and of their reconstructions apart, the decoder lowers it"
 )
-# Of metrics.json, which train.py writes and evaluate.py adds to: its entry, the figure's name in the card, its metric
-# type, how it is written.
-FIGURES = (
-    ("held_out_psnr", "PSNR, mean over images, dB", "psnr", "{:.2f}"),
-    ("held_out_match", "nearest-latent match", "nearest_latent_match", "{:.1%}"),
-    ("held_out_rate", "R(Z), nats", "coding_rate", "{:.2f}"),
-    ("held_out_rate_reduction", "dR(Z, Zh), nats", "rate_reduction", "{:.3f}"),
-    ("ssim", "SSIM", "ssim", "{:.3f}"),
-    ("lpips", "LPIPS", "lpips", "{:.3f}"),
-    ("frechet_distance", "Fréchet distance of reconstructions", "frechet_distance", "{:.2f}"),
-    ("kernel_distance", "kernel distance of reconstructions", "kernel_distance", "{:.4f}"),
-    ("linear_probe", "linear probe on the latents, accuracy", "linear_probe", "{:.1%}"),
-    ("knn", "10 nearest latents, accuracy", "knn", "{:.1%}"),
-    ("unseen_psnr", "PSNR on a data set not trained on, dB", "unseen_psnr", "{:.2f}"),
-    ("unseen_match", "nearest-latent match there", "unseen_match", "{:.1%}"),
-)
+# Of metrics.json: a figure's name, its name in the card, its metric type on the Hub, how it is written.
+FIGURES = {
+    "psnr": ("PSNR, mean over images, dB", "psnr", "{:.2f}"),
+    "mean_image_psnr": ("PSNR of the mean image, dB", "mean_image_psnr", "{:.2f}"),
+    "match": ("nearest-latent match", "nearest_latent_match", "{:.1%}"),
+    "rate": ("R(Z), nats", "coding_rate", "{:.2f}"),
+    "reconstructed_rate": ("R(Zh), nats", "reconstructed_coding_rate", "{:.2f}"),
+    "rate_reduction": ("dR(Z, Zh), nats", "rate_reduction", "{:.3f}"),
+    "ssim": ("SSIM", "ssim", "{:.3f}"),
+    "lpips": ("LPIPS", "lpips", "{:.3f}"),
+    "frechet_distance": ("Fréchet distance of reconstructions", "frechet_distance", "{:.2f}"),
+    "kernel_distance": ("kernel distance of reconstructions", "kernel_distance", "{:.4f}"),
+    "linear_probe": ("linear probe on the latents, accuracy", "linear_probe", "{:.1%}"),
+    "knn": ("10 nearest latents, accuracy", "knn", "{:.1%}"),
+}
+# The task whose snippet the Hub shows, by huggingface.js' packages/tasks/src/model-libraries-snippets.ts: of a
+# repository of the library transformers with remote code, pipeline(TASK, model=..., trust_remote_code=True).
+TASK = "image-feature-extraction"
 LICENCES = {
     "ILSVRC/imagenet-1k": "for non-commercial research and education only, by the terms of ImageNet",
     "uoft-cs/cifar10": "published without a licence, collected from the web",
@@ -55,7 +58,15 @@ BIASES = {
         "faces, text and whatever else it lacks come out worse."
     ),
 }
-LOCAL_FOLDERS = ("cache_dir", "logging_dir", "output_dir", "resume_from_checkpoint", "train_data_dir")
+# Settings that name folders of the machine that trained, or may.
+LOCAL_SETTINGS = (
+    "cache_dir",
+    "logging_dir",
+    "output_dir",
+    "pretrained_model_name_or_path",
+    "resume_from_checkpoint",
+    "train_data_dir",
+)
 FIGURE = "architecture.png"
 OTHER_BIASES = "Images unlike the training data come out worse, and its biases are the model's."
 
@@ -65,7 +76,7 @@ def model_card(
     repo_id: str,
     checkpoint: Path | None,
     pictures: list[str],
-    license: str,
+    license: str | None,
     published: bool = True,
 ) -> ModelCard:
     """The card of a model.
@@ -75,40 +86,35 @@ def model_card(
         repo_id: where the reader finds it.
         checkpoint: a folder with what train.py recorded, training_args.json and metrics.json; either may lack.
         pictures: paths in the repository: a grid of reconstructions first, then examples for the widget.
-        license: identifier of the weights' licence, as the Hub lists them.
+        license: identifier of the weights' licence, as the Hub lists them; None leaves it out.
         published: False for a form that nobody has filled.
     """
-    settings, metrics = public_settings(checkpoint), _read(checkpoint, "metrics.json")
+    settings = public_settings(checkpoint)
     continued = bool(_read(checkpoint, "training_args.json").get("pretrained_model_name_or_path"))
-    is_on_hub = "dataset_name" in settings
-    dataset = settings.get("dataset_name", "a local folder of images")
-    split = settings.get("validation_split") or settings.get("train_split")
-    results = [
-        (name, kind, form.format(metrics[key]), metrics[key]) for key, name, kind, form in FIGURES if key in metrics
-    ]
-    count = metrics.get("held_out_images", settings.get("num_validation_images", ""))
+    dataset = settings.get("hub_dataset_id") or ""
+    figures = [figure for figure in public_metrics(checkpoint).get("figures", []) if figure["name"] in FIGURES]
+    on_hub = [figure for figure in figures if figure["dataset"] is not None]
     grid, examples = (pictures[0], pictures[1:]) if pictures else (None, [])
     card_data = ModelCardData(
         license=license,
         library_name="transformers",
-        pipeline_tag="image-to-image",
-        datasets=[dataset] if is_on_hub else None,
-        tags=["ctrl-csc", "sparse-coding", "closed-loop-transcription", "rate-reduction", "autoencoder", "diffusers"],
-        model_name=repo_id.split("/")[-1] if is_on_hub and results else None,  # of model-index alone
+        pipeline_tag=TASK,
+        datasets=[dataset] if dataset else None,
+        tags=["ctrl-csc", "sparse-coding", "closed-loop-transcription", "rate-reduction", "autoencoder"],
+        model_name=repo_id.split("/")[-1] if on_hub else None,  # of model-index alone
         eval_results=[
             EvalResult(
-                task_type="image-to-image",
-                dataset_type=dataset,
-                dataset_name=dataset.split("/")[-1],
-                dataset_split=split,
-                metric_type=kind,
-                metric_name=name,
-                metric_value=value,
+                task_type=TASK,
+                dataset_type=figure["dataset"],
+                dataset_name=figure["dataset"].split("/")[-1],
+                dataset_split=figure["split"],
+                metric_type=FIGURES[figure["name"]][1],
+                metric_name=_label(figure),
+                metric_value=figure["value"],
             )
-            for name, kind, _, value in results
+            for figure in on_hub
         ]
-        if is_on_hub and results
-        else None,
+        or None,
         widget=[{"src": path, "example_title": Path(path).stem} for path in examples] or None,
     )
     config = model.config
@@ -129,15 +135,41 @@ def model_card(
         warmup=_warmup(settings),
         continued=continued,
         settings=settings,
-        dataset=f"`{dataset}`" if is_on_hub else dataset,
+        dataset=f"`{dataset}`" if dataset else "local images",
         dataset_licence=LICENCES.get(dataset),
-        results=[(name, text) for name, _, text, _ in results],
-        results_on=(
-            f"{count} held-out images of {dataset} ({split})" if settings else "held-out images of an unknown data set"
-        ),
-        evaluated="held_out_images" in metrics,
+        results=_groups(figures),
         biases=BIASES.get(dataset, OTHER_BIASES),
     )
+
+
+def _groups(figures: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Figures by what they were measured on, with their rows: name, value, number of images."""
+    groups: dict[tuple[str | None, str], list[dict[str, Any]]] = {}
+    for figure in figures:
+        groups.setdefault((figure["dataset"], figure["split"]), []).append(figure)
+    found = []
+    for (dataset, split), group in groups.items():
+        values = {figure["name"]: figure["value"] for figure in group}
+        psnr, mean_image = values.get("psnr", math.inf), values.get("mean_image_psnr", -math.inf)
+        found.append(
+            {
+                "images": f"`{dataset}`, split {split}" if dataset else f"local images, split {split}",
+                "measured_by": " and ".join(dict.fromkeys(figure["measured_by"] for figure in group)),
+                "rows": [
+                    (_label(figure), FIGURES[figure["name"]][2].format(figure["value"]), figure["num_images"])
+                    for figure in group
+                ],
+                "learned_nothing": not psnr > mean_image,
+                "psnr": psnr,
+                "mean_image_psnr": mean_image,
+            }
+        )
+    return found
+
+
+def _label(figure: dict[str, Any]) -> str:
+    label = FIGURES[figure["name"]][0]
+    return f"{label}, features of {figure['feature_model']}" if figure["feature_model"] else label
 
 
 def _game(settings: dict[str, Any]) -> str:
@@ -171,15 +203,30 @@ def _warmup(settings: dict[str, Any]) -> str:
 
 
 def public_settings(checkpoint: Path | None) -> dict[str, Any]:
-    """training_args.json less what names folders of the machine that trained; empty where there is none."""
-    settings = {
-        key: value for key, value in _read(checkpoint, "training_args.json").items() if key not in LOCAL_FOLDERS
-    }
-    for key in ("dataset_name", "pretrained_model_name_or_path"):
-        value = settings.get(key) or ""
-        if Path(value).exists() or not re.fullmatch(r"\w[\w.-]*(/[\w.-]+)?", value):  # no name of a Hub repository
-            settings.pop(key, None)
-    return settings
+    """training_args.json without what is local to the machine that trained; empty where there is none."""
+    settings = _read(checkpoint, "training_args.json")
+    dataset = settings.get("hub_dataset_id")
+
+    def is_public(name: str, value: Any) -> bool:
+        if name == "dataset_name":
+            return dataset is not None and value == dataset
+        if name in LOCAL_SETTINGS or (name == "dataset_config_name" and dataset is None):
+            return False
+        return name.startswith("hub_") or not (isinstance(value, str) and re.search(r"[/\\]", value))
+
+    public = {name: value for name, value in settings.items() if is_public(name, value)}
+    if "changed_on_resume" in settings:
+        public["changed_on_resume"] = [
+            change for change in settings["changed_on_resume"] if change["setting"] in public
+        ]
+    return public
+
+
+def public_metrics(checkpoint: Path | None) -> dict[str, Any]:
+    """metrics.json as the card reads it, see `FIGURES`; empty where it has no figures."""
+    metrics = _read(checkpoint, "metrics.json")
+    entries = ("step", "unreadable_images", "figures", "evaluation")
+    return {name: metrics[name] for name in entries if name in metrics} if metrics.get("figures") else {}
 
 
 def _read(checkpoint: Path | None, name: str) -> dict[str, Any]:

@@ -4,21 +4,36 @@ This file and those it imports also run from a Hub repository, without the rest 
 objects.
 """
 
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from os import PathLike
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any, Self
 
+import diffusers
 import numpy as np
 import torch
 from diffusers import DiffusionPipeline
 from diffusers.utils import BaseOutput
+from huggingface_hub import create_repo, snapshot_download
 from PIL import Image
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import AutoModel, PreTrainedModel
 from transformers.image_processing_utils import BaseImageProcessor
+from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
+from .repository_ctrl_csc import MODEL_INDEX, SAMPLER, SAMPLER_INDEX, copy_records, save_repository
 from .restoration import NOISE_LEVELS, calibrate_denoising, denoise, denoising_sparsity, inpaint, missing_pixels
+from .sampling import LatentSampler
 
+# diffusers 0.42 forgets `trust_remote_code` where it measures the components for device_map="balanced", but asks for no
+# such flag where their modules are among its own pipelines' modules.
+setattr(diffusers.pipelines, MODEL_INDEX["model"][0], sys.modules[save_repository.__module__])
+setattr(diffusers.pipelines, SAMPLER_INDEX[SAMPLER][0], sys.modules[LatentSampler.__module__])
+
+HUB_KEYWORDS = ("revision", "token", "cache_dir", "force_download", "local_files_only")
 OUTPUT_TYPES = ("pil", "np", "pt")
 LARGEST_SINE_OF_PARALLELS = 1e-4  # of unit vectors whose great circle is lost in rounding
 
@@ -166,10 +181,12 @@ class CtrlCscPipeline(DiffusionPipeline):
 
         Args:
             image, batch_size, output_type: see `__call__`.
-            mask: of what is missing, in the pixels that the model sees, (image_size, image_size): a black and white
-                PIL image, white where missing; an array or tensor (height, width), (n, height, width) or
-                (n, 1, height, width), bool or of 0 and 1, 1 where missing; or a list of these. One for all images,
-                or one each. What an image holds there does not matter, if the processor need not resize it.
+            mask: of what is missing: a black and white PIL image, white where missing; an array or tensor
+                (height, width), (n, height, width) or (n, 1, height, width), bool or of 0 and 1, 1 where missing; or a
+                list of these. One for all images, or one each. A mask of the model's size, (image_size, image_size),
+                is of the pixels that the model sees; any other must have its image's own size, and is resized and
+                cropped like it: every pixel that a missing one contributes to is missing. What an image holds where
+                it is missing does not matter, unless the mask has the model's size and the image another.
             keep_known: whether known pixels stay as they are.
 
         Raises:
@@ -179,7 +196,7 @@ class CtrlCscPipeline(DiffusionPipeline):
         """
         self._check(batch_size, output_type)
         pixel_values = self._preprocess(image)
-        missing = missing_pixels(mask, pixel_values).to(self.device)
+        missing = missing_pixels(mask, image, pixel_values, self.image_processor).to(self.device)
         batches = list(zip(pixel_values.split(batch_size), missing.split(batch_size), strict=True))
         completed = torch.cat([inpaint(self.model, *batch) for batch in self.progress_bar(batches)])
         if keep_known:
@@ -218,12 +235,134 @@ class CtrlCscPipeline(DiffusionPipeline):
                 raise ValueError(f"{name} must be one image, got {len(latents)}")
         return self.decode(great_circle(start, end, num_steps), output_type)
 
-    def save_pretrained(self, save_directory: str) -> None:
-        """Writes a folder that DiffusionPipeline and AutoModel load, the weights in it once; see `CtrlCscModel.export`.
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | PathLike, **kwargs: Any) -> Self:
+        """Loads model, image processor and, where there is one, sampler, with the classes that are installed.
 
-        The package ctrl_csc_hf must be installed. `ctrl-csc publish` uploads.
+        It needs no model_index.json: what train.py wrote serves, and what `save_pretrained` of model and image
+        processor wrote. `DiffusionPipeline.from_pretrained` loads published repositories, with their own code.
+
+        Args:
+            pretrained_model_name_or_path: a folder or a Hub repository.
+            kwargs: `model`, `image_processor` or `sampler`, which then are not loaded; `revision`, `token`,
+                `cache_dir`, `force_download`, `local_files_only`, as of `snapshot_download`; `trust_remote_code`; the
+                rest, such as `dtype` and `device_map`, is passed to `AutoModel.from_pretrained`.
+
+        Raises:
+            OSError: if model or image processor are not there.
         """
-        self.model.export(save_directory, image_processor=self.image_processor, sampler=self.sampler)
+        name = str(pretrained_model_name_or_path)
+        given = {part: kwargs.pop(part) for part in ("model", "image_processor", SAMPLER) if part in kwargs}
+        hub = {keyword: kwargs.pop(keyword) for keyword in HUB_KEYWORDS if keyword in kwargs}
+        trust = {"trust_remote_code": kwargs.pop("trust_remote_code", False)}
+        folder = Path(name) if Path(name).is_dir() else Path(snapshot_download(name, **hub))
+        if "model" not in given:
+            given["model"] = AutoModel.from_pretrained(folder, **trust, **kwargs)
+        if "image_processor" not in given:
+            given["image_processor"] = AutoImageProcessor.from_pretrained(folder, **trust)
+        if SAMPLER not in given and (folder / SAMPLER).is_dir():
+            given[SAMPLER] = LatentSampler.from_pretrained(folder / SAMPLER)
+        pipe = cls(**given)
+        pipe.register_to_config(_name_or_path=name)
+        return pipe
+
+    def save_pretrained(
+        self,
+        save_directory: str | PathLike,
+        safe_serialization: bool = True,
+        variant: str | None = None,
+        max_shard_size: int | str | None = None,
+        push_to_hub: bool = False,
+        use_flashpack: bool = False,
+        *,
+        repo_id: str | None = None,
+        commit_message: str | None = None,
+        private: bool | None = None,
+        create_pr: bool = False,
+        token: str | None = None,
+    ) -> Any:
+        """Writes a folder that DiffusionPipeline, AutoModel and AutoImageProcessor load, with the weights stored once.
+
+        Card, figures and pictures of the published folder or repository that the pipeline was loaded from are saved
+        too, unless the weights have changed since. `ctrl-csc publish` writes a card of its own.
+
+        Args:
+            save_directory: is made if it does not exist.
+            safe_serialization, variant, use_flashpack: only True, None and False: weights are saved as
+                model.safetensors, where AutoModel and DiffusionPipeline find them.
+            max_shard_size: size of a file of weights, in bytes or as "5GB".
+            push_to_hub: whether to upload the folder, too.
+            repo_id: where to; by default the folder's name, in the account's own namespace.
+            commit_message, private, create_pr, token: as of `push_to_hub`.
+
+        Returns:
+            The commit's information if `push_to_hub`, else None.
+
+        Raises:
+            ValueError: for what `safe_serialization`, `variant` and `use_flashpack` must not be, and if
+                `save_directory` is a file.
+        """
+        only = (("safe_serialization", safe_serialization, True), ("variant", variant, None))
+        for argument, value, allowed in (*only, ("use_flashpack", use_flashpack, False)):
+            if value != allowed:
+                raise ValueError(
+                    f"{argument} must be {allowed}, as the weights are saved as model.safetensors, where AutoModel and "
+                    f"DiffusionPipeline find them, got {value!r}"
+                )
+        folder = Path(save_directory)
+        model = getattr(self.model, "_orig_mod", self.model)  # of a compiled model
+        weights = {} if max_shard_size is None else {"max_shard_size": max_shard_size}
+        save_repository(folder, model, self.image_processor, self.sampler, **weights)
+        if name := self.name_or_path or model.name_or_path:
+            copy_records(model, name, folder)
+        if not push_to_hub:
+            return None
+        name = repo_id or folder.resolve().name
+        repository = create_repo(name, private=private, token=token, exist_ok=True).repo_id
+        return self._upload_folder(folder, repository, token=token, commit_message=commit_message, create_pr=create_pr)
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        commit_message: str | None = None,
+        private: bool | None = None,
+        token: str | None = None,
+        create_pr: bool = False,
+        safe_serialization: bool = True,
+        variant: str | None = None,
+        subfolder: str | None = None,
+    ) -> Any:
+        """Uploads what `save_pretrained` writes. A card that the repository already has stays, if none is saved.
+
+        Args:
+            repo_id: "organization/name", or "name" for the account's own; is created if it does not exist.
+            commit_message: by default "Upload CtrlCscPipeline".
+            private: whether a repository that is created is private; None is the account's default, as a rule public.
+            token: of the account, by default the one that `hf auth login` stored.
+            create_pr: whether to open a pull request instead of committing.
+            safe_serialization, variant: as in `save_pretrained`.
+            subfolder: only None, as AutoModel finds code in the root alone.
+
+        Returns:
+            The commit's information.
+
+        Raises:
+            ValueError: for a `subfolder`, and as `save_pretrained`.
+        """
+        if subfolder is not None:
+            raise ValueError(f"subfolder must be None, as AutoModel finds code in the root alone, got {subfolder!r}")
+        with TemporaryDirectory() as folder:
+            return self.save_pretrained(
+                folder,
+                safe_serialization,
+                variant,
+                push_to_hub=True,
+                repo_id=repo_id,
+                commit_message=commit_message,
+                private=private,
+                create_pr=create_pr,
+                token=token,
+            )
 
     @staticmethod
     def _check(batch_size: int, output_type: str) -> None:
@@ -239,7 +378,7 @@ class CtrlCscPipeline(DiffusionPipeline):
     def sample(
         self,
         num_images: int = 1,
-        label: int | None = None,
+        label: int | str | None = None,
         component: int | None = None,
         generator: torch.Generator | list[torch.Generator] | None = None,
         batch_size: int = 64,
@@ -249,7 +388,8 @@ class CtrlCscPipeline(DiffusionPipeline):
 
         Args:
             num_images: how many.
-            label: a class of the sampler's, where it was fitted with labels.
+            label: a class, by its number or by its name in `model.config.id2label`; only where the sampler was fitted
+                with labels.
             component: one of its components, counted from 0.
             generator: the same seed gives the same images; a list holds one an image.
             batch_size: images that are decoded at once.
@@ -264,11 +404,19 @@ class CtrlCscPipeline(DiffusionPipeline):
             raise ValueError(f"batch_size must be at least 1, got {batch_size!r}")
         if self.sampler is None:
             raise ValueError("sampler must be a LatentSampler, which `ctrl-csc fit-sampler` fits, got None")
+        if isinstance(label, str):
+            label = self._class_number(label)
         latents = self.sampler.sample(num_images, label, component, generator)
         reconstructions = [
             self.model.decode(batch.to(self.device)).reconstruction for batch in latents.split(batch_size)
         ]
         return self.image_processor.postprocess(torch.cat(reconstructions), output_type=output_type)
+
+    def _class_number(self, name: str) -> int:
+        numbers = {text: number for number, text in self.model.config.id2label.items()}
+        if name not in numbers:
+            raise ValueError(f"label must be a number or one of {list(numbers)}, got {name!r}")
+        return numbers[name]
 
 
 def great_circle(start: Tensor, end: Tensor, num_steps: int) -> Tensor:

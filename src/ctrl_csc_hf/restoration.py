@@ -128,26 +128,50 @@ def inpaint(model: Any, image: Tensor, missing: Tensor) -> Tensor:
     return estimate
 
 
-def missing_pixels(mask: Any, image: Tensor) -> Tensor:
-    """Masks of any form, see `CtrlCscPipeline.inpaint`, as one of the images (n, 3, H, W): bool (n, 1, H, W).
+def missing_pixels(mask: Any, image: Any, pixel_values: Tensor, processor: Any) -> Tensor:
+    """Masks of any form, see `CtrlCscPipeline.inpaint`, of the pixels that the model sees: bool (n, 1, H, W).
+
+    Args:
+        mask: of the model's size, or of the images' own.
+        image: the images, as the processor takes them.
+        pixel_values: (n, 3, H, W), what the processor makes of them.
+        processor: a `CtrlCscImageProcessor`.
 
     Raises:
         ValueError: for another size, number or content, and for an image of which nothing is known.
         TypeError: for what is no mask.
     """
-    size, count = tuple(image.shape[-2:]), len(image)
-    masks = [_to_masks(item, size) for item in (mask if isinstance(mask, list | tuple) else [mask])]
-    missing = torch.from_numpy(np.concatenate([np.empty((0, *size), dtype=bool), *masks]))[:, None]
-    if len(missing) not in (1, count):
-        raise ValueError(f"mask must be one for all images or one for each of {count}, got {len(missing)}")
+    count, size = len(pixel_values), tuple(pixel_values.shape[-2:])
+    masks = [one for item in (mask if isinstance(mask, list | tuple) else [mask]) for one in _to_masks(item)]
+    if len(masks) not in (1, count):
+        raise ValueError(f"mask must be one for all images or one for each of {count}, got {len(masks)}")
+    if any(one.shape != size for one in masks):
+        originals = processor(image, do_resize=False, do_center_crop=False).pixel_values
+        sizes = [tuple(original.shape[-2:]) for original in originals]
+        for index, own in enumerate(sizes):
+            received = masks[index % len(masks)].shape
+            if received not in (size, own):
+                raise ValueError(
+                    f"mask must have the size of image {index}, {own}, or the model's, {size}, got {received}"
+                )
+        masks = [one if one.shape == size else _as_the_model_sees(one, processor) for one in masks]
+    missing = torch.from_numpy(np.stack(masks))[:, None]
     if (everything := missing.all(dim=(2, 3))[:, 0]).any():
         index = int(everything.nonzero()[0])
         raise ValueError(f"mask must leave at least one pixel known, but mask {index} marks all as missing")
     return missing.expand(count, 1, *size)
 
 
-def _to_masks(mask: Any, size: tuple[int, ...]) -> np.ndarray:
-    """(k, H, W), bool."""
+def _as_the_model_sees(missing: np.ndarray, processor: Any) -> np.ndarray:
+    """(H, W), bool: the processor's pixels that depend on the missing ones of an image, (height, width)."""
+    grey = np.full(missing.shape, 0.5, dtype=np.float32)
+    other = np.where(missing, np.random.default_rng(0).random(missing.shape, dtype=np.float32), grey)
+    first, second = (np.asarray(processor(image, return_tensors="np").pixel_values[0]) for image in (grey, other))
+    return (first != second).any(axis=0)
+
+
+def _to_masks(mask: Any) -> np.ndarray:
+    """(k, height, width), bool."""
     if isinstance(mask, Image.Image):
         white = 255
         mask = np.asarray(mask.convert("L"))
@@ -158,13 +182,9 @@ def _to_masks(mask: Any, size: tuple[int, ...]) -> np.ndarray:
         raise TypeError(
             f"mask must be a PIL image, a numpy array, a tensor or a list of these, got {type(mask).__name__}"
         )
-    if mask.shape[-2:] != size or mask.ndim > 4 or (mask.ndim == 4 and mask.shape[1] != 1):
-        height, width = size
-        raise ValueError(
-            f"mask must have the size that the model sees, ({height}, {width}), (n, {height}, {width}) or "
-            f"(n, 1, {height}, {width}), got {mask.shape}"
-        )
+    if not 2 <= mask.ndim <= 4 or (mask.ndim == 4 and mask.shape[1] != 1):
+        raise ValueError(f"mask must be (height, width), (n, height, width) or (n, 1, height, width), got {mask.shape}")
     if not np.isin(mask, (0, white)).all():
         allowed = "black and white" if white == 255 else "bool or hold 0 and 1 alone"
         raise ValueError(f"mask must be {allowed}, got values in [{mask.min()}, {mask.max()}]")
-    return mask.reshape(-1, *size) == white
+    return mask.reshape(-1, *mask.shape[-2:]) == white

@@ -10,6 +10,25 @@ from transformers.image_transforms import get_resize_output_image_size
 from transformers.image_utils import ChannelDimension, SizeDict
 
 LARGEST_RATIO = 1000  # of an image's sides
+MOST_PIXELS = 2**30 // 12  # 89 million, of one image: from here on PIL warns of decompression bombs
+
+
+def check_sides(height: int, width: int, name: str = "an image") -> None:
+    """Refuses images that would take gigabytes of memory; to be called before an image is decoded.
+
+    Raises:
+        ValueError: if there is no pixel or more than 2^30 / 12, or if a side is more than 1,000 times the other, as
+            resizing the shorter one would make gigabytes of the image.
+    """
+    shorter, longer = sorted((height, width))
+    if shorter < 1:
+        raise ValueError(f"{name} has {height} x {width} pixels: it must have at least one")
+    if longer > LARGEST_RATIO * shorter:
+        raise ValueError(
+            f"{name} has {height} x {width} pixels: a side must be at most {LARGEST_RATIO} times the other"
+        )
+    if height * width > MOST_PIXELS:
+        raise ValueError(f"{name} has {height} x {width} pixels: it must have at most {MOST_PIXELS:,}")
 
 
 class CtrlCscImageProcessor(PilBackend):
@@ -30,6 +49,10 @@ class CtrlCscImageProcessor(PilBackend):
     Images come alone, as a 4-dimensional array (a batch), or in lists of these, nested or not, which come out
     flat.
 
+    `do_rescale` multiplies 8-bit values by `rescale_factor`, 1 / 255. With `do_rescale=False` floats stay in [0, 1] and
+    are normalised to the same `pixel_values`; 8-bit values, which `do_normalize` cannot bring to [-1, 1] then, need
+    `do_normalize=False` too and come out as they are.
+
     Args:
         image_size (`int`, *optional*): side of the square results, in pixels; short for
             `size={"shortest_edge": image_size}, crop_size={"height": image_size, "width": image_size}`,
@@ -38,7 +61,8 @@ class CtrlCscImageProcessor(PilBackend):
 
     Raises:
         TypeError: for what is no image, and for dtypes other than the above.
-        ValueError: for shapes, sizes and values other than the above, NaN included, and for empty lists.
+        ValueError: for shapes, sizes and values other than the above, NaN included, for empty lists, for images that
+            `check_sides` refuses, and for 8-bit values that are to be normalised but not rescaled.
 
     ```python
     >>> from PIL import Image
@@ -76,23 +100,18 @@ class CtrlCscImageProcessor(PilBackend):
         return [_to_rgb(image, f"images[{index}]", layout) for index, image in enumerate(_flatten(images))]
 
     def resize(self, image: np.ndarray, size: SizeDict, resample: int | None = None, **kwargs: Any) -> np.ndarray:
-        """Resize (3, height, width), uint8 or float32 in [0, 255], keeping the dtype.
+        """Resize (3, height, width), uint8 or float32 in [0, 1], keeping the dtype.
 
         Raises:
-            ValueError: if `size` has other keys than shortest_edge, or height and width, or is not positive; if a
-                side is more than 1,000 times the other, as `shortest_edge` would make gigabytes of it.
+            ValueError: if `size` has other keys than shortest_edge, or height and width, or is not positive, and for
+                images that `check_sides` refuses.
         """
         sides = dict(size)
         if set(sides) not in ({"shortest_edge"}, {"height", "width"}) or min(sides.values()) < 1:
             raise ValueError(
                 f"size={sides} is not allowed: it must have shortest_edge, or height and width, all positive"
             )
-        shorter, longer = sorted(image.shape[1:])
-        if longer > LARGEST_RATIO * shorter:
-            raise ValueError(
-                f"an image has {image.shape[1]} x {image.shape[2]} pixels: "
-                f"a side must be at most {LARGEST_RATIO} times the other"
-            )
+        check_sides(*image.shape[1:])
         height, width = get_resize_output_image_size(
             image,
             size=size.shortest_edge or (size.height, size.width),
@@ -101,7 +120,25 @@ class CtrlCscImageProcessor(PilBackend):
         )
         # One plane at a time, as PIL has no RGB image of floats.
         planes = [Image.fromarray(plane).resize((width, height), resample) for plane in image]
-        return np.clip(np.stack([np.asarray(plane) for plane in planes]), 0, 255)  # bicubic overshoots
+        largest = 255 if image.dtype == np.uint8 else 1
+        return np.clip(np.stack([np.asarray(plane) for plane in planes]), 0, largest)  # bicubic overshoots
+
+    def rescale(self, image: np.ndarray, scale: float, **kwargs: Any) -> np.ndarray:
+        """Multiply 8-bit values by `scale`; floats in [0, 1] stand for 8-bit values divided by 255."""
+        return super().rescale(image, scale if image.dtype == np.uint8 else 255 * scale, **kwargs)
+
+    def normalize(self, image: np.ndarray, mean: Any, std: Any, **kwargs: Any) -> np.ndarray:
+        """Subtract `mean` and divide by `std`, floats or one a channel.
+
+        Raises:
+            ValueError: for 8-bit values, which have not been rescaled.
+        """
+        if image.dtype == np.uint8:
+            raise ValueError(
+                "do_normalize=True with do_rescale=False needs floats in [0, 1], got an image of 8-bit values: "
+                "leave do_rescale=True, or set do_normalize=False"
+            )
+        return super().normalize(image, mean, std, **kwargs)
 
     def postprocess(
         self, pixel_values: torch.Tensor | np.ndarray, output_type: Literal["pil", "np", "pt"] = "pil"
@@ -158,7 +195,7 @@ def _flatten(images: Any) -> list[Any]:
 
 
 def _to_rgb(image: Any, name: str, layout: ChannelDimension | None) -> np.ndarray:
-    """(3, height, width), uint8 or float32 in [0, 255], of one image."""
+    """(3, height, width), uint8 or float32 in [0, 1], of one image."""
     if isinstance(image, Image.Image):
         pixels, layout = _pil_pixels(image, name), ChannelDimension.LAST
     elif isinstance(image, torch.Tensor):
@@ -170,12 +207,13 @@ def _to_rgb(image: Any, name: str, layout: ChannelDimension | None) -> np.ndarra
         raise TypeError(f"{name} is of type {type(image).__name__}: it must be a PIL image, a numpy array or a tensor")
     if pixels.size == 0:
         raise ValueError(f"{name} has shape {pixels.shape}: it must have at least one pixel")
-    pixels = _to_8_bit_range(_channels_first(pixels, name, layout), name)
+    pixels = _to_uint8_or_unit_range(_channels_first(pixels, name, layout), name)
     return np.repeat(pixels, 3 // len(pixels), axis=0)
 
 
 def _pil_pixels(image: Image.Image, name: str) -> np.ndarray:
     """(height, width), uint16 or float32, or (height, width, 3), uint8."""
+    check_sides(image.height, image.width, name)  # by its header
     image = ImageOps.exif_transpose(image)
     if image.mode == "F":
         return np.asarray(image)
@@ -217,8 +255,8 @@ def _channels_first(pixels: np.ndarray, name: str, layout: ChannelDimension | No
     return np.moveaxis(pixels, axes[0], 0)
 
 
-def _to_8_bit_range(pixels: np.ndarray, name: str) -> np.ndarray:
-    """uint8, or float32 in [0, 255]."""
+def _to_uint8_or_unit_range(pixels: np.ndarray, name: str) -> np.ndarray:
+    """uint8, or float32 in [0, 1]."""
     if pixels.dtype == np.uint8:
         return pixels
     if np.issubdtype(pixels.dtype, np.uint16):
@@ -230,8 +268,8 @@ def _to_8_bit_range(pixels: np.ndarray, name: str) -> np.ndarray:
                 f"{name} holds floats in [{pixels.min()}, {pixels.max()}]: they must be in [0, 1]; "
                 "values in [0, 255] must be uint8"
             )
-        return pixels * 255
+        return pixels
     raise TypeError(f"{name} has dtype {pixels.dtype}: it must be uint8, uint16 or a float dtype")
 
 
-__all__ = ["CtrlCscImageProcessor"]
+__all__ = ["CtrlCscImageProcessor", "check_sides"]

@@ -1,0 +1,174 @@
+"""The folder of a Hub repository that AutoModel, AutoImageProcessor and DiffusionPipeline all read.
+
+`save_repository` writes it, with the weights once, in the root; `Model` and `ImageProcessor` let DiffusionPipeline load
+them from there.
+
+This file also runs from a Hub repository, without the rest of the package.
+"""
+
+import inspect
+import json
+import logging
+import shutil
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+from huggingface_hub import snapshot_download
+from transformers import AutoConfig, AutoModel, PreTrainedModel
+from transformers.dynamic_module_utils import get_relative_import_files
+from transformers.image_processing_utils import BaseImageProcessor
+
+# Up to transformers 5.17 the shorter import demands torchvision, which nothing here needs.
+from transformers.models.auto.image_processing_auto import AutoImageProcessor
+
+logger = logging.getLogger(__name__)
+
+SAMPLER = "sampler"  # folder of the optional component
+MODEL_AUTO_MAP = {
+    "AutoConfig": "model/configuration_ctrl_csc.CtrlCscConfig",
+    "AutoModel": "model/modeling_ctrl_csc.CtrlCscModel",
+}
+IMAGE_PROCESSOR_AUTO_MAP = {"AutoImageProcessor": "image_processor/image_processing_ctrl_csc.CtrlCscImageProcessor"}
+MODEL_INDEX = {
+    "_class_name": ["pipeline_ctrl_csc", "CtrlCscPipeline"],
+    "image_processor": ["repository_ctrl_csc", "ImageProcessor"],
+    "model": ["repository_ctrl_csc", "Model"],
+}
+SAMPLER_INDEX = {SAMPLER: ["sampling_ctrl_csc", "LatentSampler"]}
+# What a published repository holds besides the pipeline.
+RECORDS = (
+    "README.md",
+    "architecture.png",
+    "handler.py",
+    "metrics.json",
+    "training_args.json",
+    "training_curve.png",
+    "reconstructions.png",
+    "examples/*.png",
+)
+
+
+class Config:
+    """Loads a model's configuration from the root, where diffusers names a component's folder."""
+
+    @classmethod
+    def from_pretrained(cls, root: str, subfolder: str = "", **kwargs: Any) -> Any:
+        return AutoConfig.from_pretrained(root, trust_remote_code=True, **kwargs)
+
+
+class Model(PreTrainedModel):
+    """Lets DiffusionPipeline load the model where AutoModel does, in the folder above its component's."""
+
+    config_class = Config
+
+    def __new__(cls, config: Any) -> Any:  # without weights, to measure it for device_map="balanced"
+        return AutoModel.from_config(config, trust_remote_code=True)
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str, **kwargs: Any) -> Any:
+        root = Path(pretrained_model_name_or_path).parent
+        model_type = AutoConfig.from_pretrained(root, trust_remote_code=True).model_type
+        if model_type != "ctrl_csc":
+            raise ValueError(f"model_type={model_type!r} is not allowed: it must be 'ctrl_csc'")
+        return AutoModel.from_pretrained(root, trust_remote_code=True, **kwargs)
+
+
+class ImageProcessor(BaseImageProcessor):
+    """Lets DiffusionPipeline load the image processor where AutoImageProcessor does."""
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str, **kwargs: Any) -> Any:
+        root = Path(pretrained_model_name_or_path).parent
+        return AutoImageProcessor.from_pretrained(root, trust_remote_code=True, **kwargs)
+
+
+def save_repository(
+    folder: str | Path,
+    model: PreTrainedModel,
+    image_processor: BaseImageProcessor,
+    sampler: Any = None,
+    **weights: Any,
+) -> None:
+    """Writes weights, configuration, image processor, sampler and the code of all into a folder.
+
+    The code is copied from where the classes are defined: the package, or the caches of remote code.
+
+    Args:
+        folder: is made if it does not exist.
+        model: a `CtrlCscModel`.
+        image_processor: its `CtrlCscImageProcessor`.
+        sampler: its `LatentSampler`, if it has one.
+        weights: keyword arguments of the model's `save_pretrained`, such as `max_shard_size`.
+
+    Raises:
+        ValueError: if `folder` is a file.
+    """
+    folder = Path(folder)
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"folder must be a folder or not exist, got {folder}")
+    folder.mkdir(parents=True, exist_ok=True)
+    with TemporaryDirectory() as scratch:  # transformers writes the code of remote classes beside, too
+        model.save_pretrained(scratch, **weights)
+        image_processor.save_pretrained(scratch)
+        for old in folder.glob("model*.safetensors*"):  # perhaps of another number of files
+            old.unlink()
+        for path in (*Path(scratch).glob("*.json"), *Path(scratch).glob("*.safetensors")):
+            shutil.move(path, folder / path.name)
+    _add_to_json(folder / "config.json", {"auto_map": MODEL_AUTO_MAP})
+    _add_to_json(folder / "preprocessor_config.json", {"auto_map": IMAGE_PROCESSOR_AUTO_MAP})
+    index = MODEL_INDEX
+    if sampler is not None:
+        index = MODEL_INDEX | SAMPLER_INDEX
+        sampler.save_pretrained(folder / SAMPLER)
+        shutil.copyfile(inspect.getfile(type(sampler)), folder / SAMPLER / "sampling_ctrl_csc.py")
+    (folder / "model_index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+    this = Path(__file__)
+    modules: dict[str, list[Any]] = {
+        ".": [this.with_name("pipeline_ctrl_csc.py")],
+        "model": [inspect.getfile(type(model)), this],
+        "image_processor": [inspect.getfile(type(image_processor)), this],
+    }
+    for subfolder, files in modules.items():
+        (folder / subfolder).mkdir(exist_ok=True)
+        for file in files:
+            for source in (file, *get_relative_import_files(file)):
+                shutil.copyfile(source, folder / subfolder / Path(source).name)
+
+
+def copy_records(model: PreTrainedModel, name: str, folder: Path) -> None:
+    """Copies the card, the figures and the pictures of the repository that a model was loaded from into a folder.
+
+    Only if the weights are still those of the repository, which the figures were measured on.
+
+    Args:
+        model: what was loaded.
+        name: the published folder or the Hub repository that it was loaded from.
+        folder: where the model is being saved.
+    """
+    loaded_from = Path(model.name_or_path)  # of a repository, its snapshot in the cache, which may lack the records
+    revision = loaded_from.name if loaded_from.is_dir() else getattr(model.config, "_commit_hash", None)
+    try:
+        source = Path(name)
+        if not source.is_dir():
+            source = Path(snapshot_download(name, revision=revision, allow_patterns=list(RECORDS)))
+    except (OSError, ValueError) as error:  # not reached, or no longer there
+        logger.warning("the card and the figures of %s are not saved with the model: %s", name, error)
+        return
+    if not (source / "README.md").is_file() or source.resolve() == folder.resolve():
+        return
+    original = type(model).from_pretrained(model.name_or_path, revision=revision).state_dict()
+    state = model.state_dict()
+    if any(not torch.equal(tensor.cpu(), original[key].to(tensor.dtype)) for key, tensor in state.items()):
+        logger.warning("the card and the figures of %s are not saved with the model: its weights are others", name)
+        return
+    for path in (path for pattern in RECORDS for path in source.glob(pattern)):
+        target = folder / path.relative_to(source)
+        target.parent.mkdir(exist_ok=True)
+        shutil.copyfile(path, target)
+
+
+def _add_to_json(path: Path, entries: dict[str, Any]) -> None:
+    content = json.loads(path.read_text(encoding="utf-8")) | entries
+    path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
