@@ -4,6 +4,7 @@ import inspect
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from dataclasses import asdict
@@ -21,12 +22,20 @@ from test_hub import WITHOUT_THE_PACKAGE, needs_downloaded_code, publish
 
 from ctrl_csc_hf import CtrlCscConfig, CtrlCscModel
 from ctrl_csc_hf.hub import export
-from ctrl_csc_hf.model_card import MODEL_CARDS, model_card
+from ctrl_csc_hf.model_card import MODEL_CARDS, model_card, public_settings
 from ctrl_csc_hf.presets import load_preset
 from ctrl_csc_hf.visualization import architecture_figure
 
 REPOSITORY = "org/ctrl-csc-cifar10"
-METRICS = {"step": 5, "held_out_psnr": 17.1234, "held_out_match": 0.987, "held_out_rate": 100.25}
+CIFAR10 = "uoft-cs/cifar10"
+
+
+def figure(name: str, value: float, dataset: str | None = CIFAR10, split: str = "test", **entries: Any) -> dict:
+    measured = {"num_images": 1000, "feature_model": None, "measured_by": "training/train.py"}
+    return {"name": name, "value": value, "dataset": dataset, "split": split, **measured, **entries}
+
+
+FIGURES = [figure("psnr", 17.1234), figure("match", 0.987), figure("rate", 100.25), figure("mean_image_psnr", 12.5)]
 # The fields of a model card's metadata, from the Hub's documentation: their names, and what lies within them.
 DOCUMENTED = {
     "base_model", "base_model_relation", "datasets", "language", "library_name", "license", "license_link",
@@ -50,10 +59,24 @@ def checkpoint(tmp_path: Path) -> Path:
     (folder / "examples").mkdir(parents=True)
     settings, _ = parse_settings(["--config", "cifar10"])
     (folder / "training_args.json").write_text(json.dumps(asdict(settings)), encoding="utf-8")
-    (folder / "metrics.json").write_text(json.dumps(METRICS), encoding="utf-8")
+    write_figures(folder, FIGURES)
     for name in ("reconstructions.png", "examples/0.png", "examples/1.png"):
         Image.new("RGB", (8, 8), "orange").save(folder / name)
     return folder
+
+
+def write_figures(checkpoint: Path, figures: list[dict]) -> None:
+    metrics = {"step": 5, "unreadable_images": 0, "figures": figures}
+    (checkpoint / "metrics.json").write_text(json.dumps(metrics), encoding="utf-8")
+
+
+def change_settings(checkpoint: Path, **changes: Any) -> None:
+    settings = json.loads((checkpoint / "training_args.json").read_text(encoding="utf-8")) | changes
+    (checkpoint / "training_args.json").write_text(json.dumps(settings), encoding="utf-8")
+
+
+def card_of(checkpoint: Path) -> str:
+    return str(model_card(trained_model(False, "batch_norm"), REPOSITORY, checkpoint, [], "mit"))
 
 
 @pytest.fixture
@@ -66,8 +89,8 @@ def metadata(card: str) -> dict:
     """Parsed, and checked against what the Hub documents."""
     found = yaml.safe_load(re.match(r"---\n(.*?)\n---\n", card, re.DOTALL)[1])  # type: ignore[index]
     assert set(found) <= DOCUMENTED
-    assert (found["library_name"], found["pipeline_tag"]) == ("transformers", "image-to-image")
-    assert isinstance(found["license"], str)
+    assert (found["library_name"], found["pipeline_tag"]) == ("transformers", "image-feature-extraction")
+    assert isinstance(found.get("license", ""), str)
     for field in ("tags", "datasets"):
         assert all(isinstance(value, str) for value in found.get(field, []))
     for example in found.get("widget", []):
@@ -85,35 +108,91 @@ def metadata(card: str) -> dict:
 
 def test_the_metadata_are_documented_fields_and_figures_those_of_the_checkpoint(repository: Path) -> None:
     found = metadata((repository / "README.md").read_text(encoding="utf-8"))
-    assert found["license"] == "apache-2.0"
-    assert found["datasets"] == ["uoft-cs/cifar10"]
+    assert "license" not in found and found["datasets"] == [CIFAR10]
     (entry,) = found["model-index"]
     (result,) = entry["results"]
     assert entry["name"] == "ctrl-csc-cifar10" and result["dataset"]["split"] == "test"
     figures = {metric["type"]: metric["value"] for metric in result["metrics"]}
-    assert figures == {"psnr": 17.1234, "nearest_latent_match": 0.987, "coding_rate": 100.25}
+    assert figures == {
+        "psnr": 17.1234, "nearest_latent_match": 0.987, "coding_rate": 100.25, "mean_image_psnr": 12.5
+    }  # fmt: skip
     for example in found["widget"]:
         assert (repository / example["src"]).is_file()
     assert len(found["widget"]) == 2
 
 
-def test_what_evaluate_adds_to_the_figures_is_in_the_card(checkpoint: Path, tmp_path: Path) -> None:
-    added = {"held_out_images": 10000, "frechet_distance": 6.25, "linear_probe": 0.456, "evaluation": {"results": {}}}
-    (checkpoint / "metrics.json").write_text(json.dumps(METRICS | added), encoding="utf-8")
-    folder = export(trained_model(False, "batch_norm"), tmp_path / "out", repo_id=REPOSITORY, checkpoint=checkpoint)
-    card = (folder / "README.md").read_text(encoding="utf-8")
-    (result,) = metadata(card)["model-index"][0]["results"]
-    figures = {metric["type"]: metric["value"] for metric in result["metrics"]}
-    assert figures["frechet_distance"] == 6.25 and figures["linear_probe"] == 0.456
-    assert "On 10000 held-out images of uoft-cs/cifar10 (test), by training/evaluate.py:" in card
-    assert "| linear probe on the latents, accuracy | 45.6% |" in card
+def test_figures_stand_by_what_they_were_measured_on(checkpoint: Path) -> None:
+    by_evaluate = {"measured_by": "training/evaluate.py"}
+    features = {"num_images": 500, "feature_model": "microsoft/resnet-18"}
+    unseen = {"dataset": "ILSVRC/imagenet-1k", "split": "validation", "num_images": 800}
+    write_figures(checkpoint, [
+        figure("psnr", 17.5, num_images=10_000, **by_evaluate),
+        figure("frechet_distance", 6.25, **features, **by_evaluate),
+        figure("psnr", 15.25, **unseen, **by_evaluate),
+        figure("linear_probe", 0.456, None, "train", num_images=60, **by_evaluate),
+        figure("unheard_of", 1.0),
+    ])  # fmt: skip
+    card = card_of(checkpoint)
+    cifar10, imagenet = metadata(card)["model-index"][0]["results"]
+    assert [cifar10["dataset"][key] for key in ("type", "split")] == [CIFAR10, "test"]
+    assert {metric["name"]: metric["value"] for metric in cifar10["metrics"]} == {
+        "PSNR, mean over images, dB": 17.5,
+        "Fréchet distance of reconstructions, features of microsoft/resnet-18": 6.25,
+    }
+    assert [imagenet["dataset"][key] for key in ("type", "split")] == ["ILSVRC/imagenet-1k", "validation"]
+    assert [(metric["type"], metric["value"]) for metric in imagenet["metrics"]] == [("psnr", 15.25)]
+    results = card.split("## Results")[1].split("PSNR alone")[0]
+    heading, rule = "| figure | value | images |", "| --- | --- | --- |"
+    assert [line for line in results.splitlines() if line] == [
+        "On `uoft-cs/cifar10`, split test, by training/evaluate.py:", heading, rule,
+        "| PSNR, mean over images, dB | 17.50 | 10000 |",
+        "| Fréchet distance of reconstructions, features of microsoft/resnet-18 | 6.25 | 500 |",
+        "On `ILSVRC/imagenet-1k`, split validation, by training/evaluate.py:", heading, rule,
+        "| PSNR, mean over images, dB | 15.25 | 800 |",
+        "On local images, split train, by training/evaluate.py:", heading, rule,
+        "| linear probe on the latents, accuracy | 45.6% | 60 |",
+    ]  # fmt: skip
 
 
-def test_a_model_that_has_not_played_the_game_does_not_claim_it(checkpoint: Path, tmp_path: Path) -> None:
-    settings = json.loads((checkpoint / "training_args.json").read_text(encoding="utf-8"))
-    (checkpoint / "training_args.json").write_text(json.dumps(settings | {"loop": "squared_error"}), encoding="utf-8")
-    folder = export(trained_model(False, "batch_norm"), tmp_path / "out", repo_id=REPOSITORY, checkpoint=checkpoint)
-    card = (folder / "README.md").read_text(encoding="utf-8")
+def test_of_local_data_the_card_links_and_names_nothing(checkpoint: Path) -> None:
+    change_settings(checkpoint, hub_dataset_id=None, dataset_name="data/mycifar")
+    write_figures(checkpoint, [figure("psnr", 17.5, None)])
+    card = card_of(checkpoint)
+    found = metadata(card)
+    assert "datasets" not in found and "model-index" not in found and "mycifar" not in card
+    assert "- Data set: local images." in card and "On local images, split test" in card
+
+
+@pytest.mark.parametrize(("psnr", "mean_image", "said"), [
+    (12.5, 12.75, True), (12.75, 12.75, True), (float("nan"), 12.75, True), (13.0, 12.75, False), (12.5, None, False),
+])  # fmt: skip
+def test_a_model_that_learned_nothing_is_called_so_above_all_else(
+    psnr: float, mean_image: float | None, said: bool, checkpoint: Path
+) -> None:
+    others = [figure("mean_image_psnr", 99.0, split="train")]  # of other images: no comparison
+    if mean_image is not None:
+        others.append(figure("mean_image_psnr", mean_image))
+    write_figures(checkpoint, [figure("psnr", psnr), *others])
+    start = card_of(checkpoint).split("## Use")[0]
+    assert ("**This model has learned nothing.**" in start) == said
+    if said:
+        assert f"a PSNR of {psnr:.2f} dB, the mean\n> image {mean_image:.2f} dB." in start
+
+
+def test_settings_that_a_resumed_run_changed_are_told(checkpoint: Path) -> None:
+    changes = [
+        {"step": 40, "setting": "decoder_learning_rate", "before": 0.0005, "after": 0.0001},
+        {"step": 60, "setting": "train_data_dir", "before": "/home/somebody/a", "after": "/home/somebody/b"},
+    ]
+    change_settings(checkpoint, changed_on_resume=changes)
+    card = card_of(checkpoint)
+    assert "- From step 40 on, `decoder_learning_rate` was 0.0001, before 0.0005.\n" in card
+    assert "somebody" not in card and "train_data_dir" not in card
+
+
+def test_a_model_that_has_not_played_the_game_does_not_claim_it(checkpoint: Path) -> None:
+    change_settings(checkpoint, loop="squared_error")
+    card = card_of(checkpoint)
     assert "Trained as an autoencoder, for comparison, without the game" in card
     assert "No loss of the game" not in card and "the encoder minimises" not in card
 
@@ -122,13 +201,13 @@ def test_the_text_tells_settings_results_and_limits(repository: Path) -> None:
     card = (repository / "README.md").read_text(encoding="utf-8")
     training = load_preset("cifar10")["training"]
     for expected in (
-        "| PSNR, mean over images, dB | 17.12 |",
-        "| nearest-latent match | 98.7% |",
+        "| PSNR, mean over images, dB | 17.12 | 1000 |",
+        "| nearest-latent match | 98.7% | 1000 |",
         f"{training['max_train_steps']} steps of {training['train_batch_size']} images",
         f"after {training['energy_warmup_steps']} on the sparse-coding energy alone "
         f"and {training['deconvolution_warmup_steps']} on 1/2 |x - g(f(x))|^2.",
         "pixel by pixel; what comes before it does: 1/2 |x - g(f(x))|^2. No labels are used.",
-        "On 1000 held-out images of uoft-cs/cifar10 (test)",
+        "On `uoft-cs/cifar10`, split test, by training/train.py:",
         "(architecture.png)",
         "(reconstructions.png)",
         "collected from the web",
@@ -177,17 +256,11 @@ def test_a_checkpoint_without_records_has_a_card_without_figures(tmp_path: Path)
         ({"pretrained_model_name_or_path": "/some/folder"}, "pixel by pixel. No labels are used."),
         ({"pretrained_model_name_or_path": "/some/folder"}, "images a process, from a model trained before."),
         ({"use_ema": False}, "schedule linear.\n"),
-        ({"dataset_name": "digits"}, "- Data set: a local folder of images."),  # by that name, here
     ],
 )
-def test_the_text_tells_the_game_that_was_played(
-    changes: dict[str, Any], expected: str, checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    (tmp_path / "digits").mkdir()
-    monkeypatch.chdir(tmp_path)
-    settings = json.loads((checkpoint / "training_args.json").read_text(encoding="utf-8")) | changes
-    (checkpoint / "training_args.json").write_text(json.dumps(settings), encoding="utf-8")
-    card = str(model_card(trained_model(False, "batch_norm"), REPOSITORY, checkpoint, [], "mit"))
+def test_the_text_tells_the_game_that_was_played(changes: dict[str, Any], expected: str, checkpoint: Path) -> None:
+    change_settings(checkpoint, **changes)
+    card = card_of(checkpoint)
     assert expected in card
     metadata(card)
 
@@ -199,17 +272,57 @@ def test_the_text_tells_the_ridge(tmp_path: Path) -> None:
     assert "mu/2" not in plain and "mu =" not in plain and "mu/2 |z|^2" in ridged and "mu = 0.5" in ridged
 
 
-def test_folders_of_the_machine_that_trained_are_not_published(checkpoint: Path, tmp_path: Path) -> None:
-    written = json.loads((checkpoint / "training_args.json").read_text(encoding="utf-8"))
-    for key in ("dataset_name", "output_dir", "resume_from_checkpoint", "pretrained_model_name_or_path"):
-        written[key] = "/home/somebody/folder"
-    (checkpoint / "training_args.json").write_text(json.dumps(written), encoding="utf-8")
+def test_nothing_local_is_published(checkpoint: Path, tmp_path: Path) -> None:
+    local = ("dataset_name", "output_dir", "resume_from_checkpoint", "pretrained_model_name_or_path", "cache_dir")
+    change_settings(
+        checkpoint,
+        **dict.fromkeys(local, "/home/somebody/folder"),
+        hub_dataset_id=None,
+        dataset_config_name="somebody",
+        a_setting_of_tomorrow="./somebody",
+        changed_on_resume=[{"step": 1, "setting": "cache_dir", "before": None, "after": "/home/somebody"}],
+    )
+    # What an older version wrote holds no figures of the form that says what was measured.
+    (checkpoint / "metrics.json").write_text(
+        json.dumps({"held_out_psnr": 17.5, "evaluation": {"results": {"/home/somebody/rival": {"psnr": 16.5}}}}),
+        encoding="utf-8",
+    )
     folder = export(trained_model(False, "batch_norm"), tmp_path / "local", repo_id=REPOSITORY, checkpoint=checkpoint)
     for path in folder.rglob("*"):
         assert path.is_dir() or b"somebody" not in path.read_bytes(), path
+    assert not (folder / "metrics.json").exists()
     published = json.loads((folder / "training_args.json").read_text(encoding="utf-8"))
+    written = json.loads((checkpoint / "training_args.json").read_text(encoding="utf-8"))
     assert published["energy_warmup_steps"] == written["energy_warmup_steps"]
-    assert "Data set: a local folder of images." in (folder / "README.md").read_text(encoding="utf-8")
+    card = (folder / "README.md").read_text(encoding="utf-8")
+    assert "Data set: local images." in card and "17.5" not in card
+
+
+def test_of_a_local_copy_of_a_hub_data_set_the_hub_id_alone_is_told(checkpoint: Path) -> None:
+    change_settings(checkpoint, dataset_name="/home/somebody/cifar10", hub_dataset_id=CIFAR10)
+    card = card_of(checkpoint)
+    assert metadata(card)["datasets"] == [CIFAR10] and "somebody" not in card
+    assert public_settings(checkpoint)["hub_dataset_id"] == CIFAR10
+    assert "dataset_name" not in public_settings(checkpoint)
+
+
+@pytest.mark.skipif(shutil.which("localedef") is None, reason="there is no localedef to make a Latin-1 locale with")
+def test_a_card_written_under_a_latin_1_locale_is_read_again(checkpoint: Path, tmp_path: Path) -> None:
+    write_figures(checkpoint, [*FIGURES, figure("frechet_distance", 1.0, feature_model="a/b")])
+    trained_model(False, "batch_norm").save_pretrained(checkpoint)
+    locale = tmp_path / "en_US.ISO-8859-1"
+    subprocess.run(["localedef", "-i", "en_US", "-f", "ISO-8859-1", str(locale)], check=True)
+    code = (
+        "import locale, sys; from ctrl_csc_hf import CtrlCscModel, hub; from huggingface_hub import ModelCard;"
+        "assert locale.getpreferredencoding() == 'ISO-8859-1', locale.getpreferredencoding();"
+        "checkpoint, folder = sys.argv[1:];"
+        "hub.export(CtrlCscModel.from_pretrained(checkpoint), folder, checkpoint=checkpoint);"
+        "assert 'Fréchet' in ModelCard.load(folder + '/README.md').text"
+    )
+    environment = {**os.environ, "LOCPATH": str(tmp_path), "LC_ALL": locale.name, "PYTHONUTF8": "0"}
+    command = [sys.executable, "-c", code.replace("é", "\\xe9"), str(checkpoint), str(tmp_path / "out")]
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, encoding="utf-8")
+    assert result.returncode == 0, result.stderr
 
 
 def code_blocks(card: str) -> list[str]:
@@ -223,7 +336,8 @@ def code_blocks(card: str) -> list[str]:
 def test_every_python_block_of_a_card_runs_as_it_stands(card: str, checkpoint: Path, tmp_path: Path) -> None:
     """Against a Hub that has the repository of the card's name; the form's stands for what it will be filled with."""
     name = REPOSITORY if card == "published" else "ORGANIZATION/ctrl-csc-imagenet"
-    CtrlCscModel(CtrlCscConfig(latent_dim=256, stage_channels=[4, 4, 4])).save_pretrained(checkpoint)
+    stages = {"stage_channels": [4, 4], "kernel_sizes": [4, 4, 8], "strides": [2, 2, 1], "paddings": [1, 1, 0]}
+    CtrlCscModel(CtrlCscConfig(image_size=32, latent_dim=256, **stages)).save_pretrained(checkpoint)
     for path in ("image.png", "other.png"):
         Image.effect_noise((20, 16), 80).convert("RGB").save(tmp_path / path)
     with HubServer() as server:
@@ -233,7 +347,7 @@ def test_every_python_block_of_a_card_runs_as_it_stands(card: str, checkpoint: P
             text if card == "published" else (MODEL_CARDS / "ctrl-csc-imagenet.md").read_text(encoding="utf-8")
         )
         with_package = [block for block in blocks if "import ctrl_csc_hf" in block]
-        assert (len(blocks), len(with_package)) == (4, 1)
+        assert (len(blocks), len(with_package)) == (5, 1)
         for blocker, chosen in (("", with_package), (WITHOUT_THE_PACKAGE, set(blocks) - set(with_package))):
             code = blocker + "\n".join(f"exec({block!r}, {{}})" for block in chosen)
             environment = {

@@ -1,5 +1,6 @@
 """CtrlCscPipeline gives what processor and model give by hand, in every form that diffusers' users expect."""
 
+import inspect
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +13,8 @@ from PIL import Image
 from transformers import AutoModel
 
 from ctrl_csc_hf import CtrlCscConfig, CtrlCscImageProcessor, CtrlCscModel, CtrlCscPipeline
+from ctrl_csc_hf.hub import export
+from ctrl_csc_hf.sampling import LatentSampler
 
 CONFIG = {
     "image_size": 16,
@@ -161,6 +164,102 @@ def test_what_is_saved_loads_as_a_pipeline_and_as_a_model_from_weights_stored_on
     assert np.array_equal(loaded(image, output_type="np").images, expected)
     model = AutoModel.from_pretrained(tmp_path).eval()
     assert np.array_equal(CtrlCscPipeline(model, pipe.image_processor)(image, output_type="np").images, expected)
+
+
+def test_what_train_py_and_the_parts_save_loads_as_a_pipeline(pipe: CtrlCscPipeline, tmp_path: Path) -> None:
+    """Without a model_index.json, as train.py leaves it."""
+    pipe.model.save_pretrained(tmp_path)
+    CtrlCscImageProcessor(image_size=16, resample=0).save_pretrained(tmp_path)
+    loaded = CtrlCscPipeline.from_pretrained(tmp_path)
+    assert (loaded.sampler, loaded.image_processor.resample, loaded.name_or_path) == (None, 0, str(tmp_path))
+    assert torch.equal(loaded.encode(torch.zeros(1, 3, 16, 16)), pipe.encode(torch.zeros(1, 3, 16, 16)))
+    LatentSampler(torch.ones(1), torch.zeros(1, 8), [torch.eye(8)]).save_pretrained(tmp_path / "sampler")
+    sampler = LatentSampler(torch.ones(1), torch.ones(1, 8), [torch.eye(8)])
+    assert isinstance(CtrlCscPipeline.from_pretrained(tmp_path).sampler, LatentSampler)
+    parts = {"model": pipe.model, "sampler": sampler}
+    loaded = CtrlCscPipeline.from_pretrained(tmp_path, **parts)
+    assert loaded.model is pipe.model and loaded.sampler is sampler
+    assert CtrlCscPipeline.from_pretrained(tmp_path, dtype=torch.bfloat16).model.dtype == torch.bfloat16
+    with pytest.raises(OSError, match=r"config\.json"):
+        CtrlCscPipeline.from_pretrained(tmp_path / "sampler")
+
+
+def test_the_keywords_of_diffusers_are_honoured_or_refused(pipe: CtrlCscPipeline, tmp_path: Path) -> None:
+    allowed = {"safe_serialization": True, "variant": None, "push_to_hub": False, "use_flashpack": False}
+    pipe.save_pretrained(tmp_path / "model", max_shard_size="5KB", **allowed)
+    shards = {path.name for path in (tmp_path / "model").glob("*.safetensors")}
+    assert len(shards) > 1 and "model.safetensors" not in shards
+    image = pictures(1)[0]
+    loaded = DiffusionPipeline.from_pretrained(tmp_path / "model", trust_remote_code=True)
+    assert np.array_equal(loaded(image, output_type="np").images, pipe(image, output_type="np").images)
+    loaded.save_pretrained(str(tmp_path / "model"))  # over itself: one file again
+    assert [path.name for path in (tmp_path / "model").glob("*.safetensors*")] == ["model.safetensors"]
+    for keyword, value in (("safe_serialization", False), ("variant", "fp16"), ("use_flashpack", True)):
+        with pytest.raises(ValueError, match=rf"{keyword} must be .* got {value!r}"):
+            pipe.save_pretrained(tmp_path / "refused", **{keyword: value})
+    with pytest.raises(ValueError, match=r"subfolder must be None, .* got 'part'"):
+        pipe.push_to_hub("org/name", subfolder="part")
+    (tmp_path / "file").touch()
+    with pytest.raises(ValueError, match=r"folder must be a folder or not exist, got .*file"):
+        pipe.save_pretrained(tmp_path / "file")
+    assert not (tmp_path / "refused").exists()
+    signature = inspect.signature(DiffusionPipeline.save_pretrained).parameters
+    assert set(signature) - {"kwargs"} <= set(inspect.signature(CtrlCscPipeline.save_pretrained).parameters)
+    pushed = inspect.signature(DiffusionPipeline.push_to_hub).parameters
+    assert list(pushed) == list(inspect.signature(CtrlCscPipeline.push_to_hub).parameters)
+
+
+def test_the_card_and_its_figures_come_along_while_the_weights_are_theirs(
+    pipe: CtrlCscPipeline, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    checkpoint = tmp_path / "checkpoint"
+    pipe.save_pretrained(checkpoint)
+    (checkpoint / "examples").mkdir()
+    pictures(1)[0].save(checkpoint / "examples" / "0.png")
+    (checkpoint / "training_args.json").write_text('{"max_train_steps": 4}', encoding="utf-8")
+    published = export(CtrlCscModel.from_pretrained(checkpoint), tmp_path / "published", checkpoint=checkpoint)
+    records = {"README.md", "architecture.png", "handler.py", "training_args.json", "examples/0.png"}
+
+    def saved(pipe: CtrlCscPipeline, name: str) -> dict[str, bytes]:
+        pipe.save_pretrained(tmp_path / name)
+        files = {str(path.relative_to(tmp_path / name)): path for path in (tmp_path / name).rglob("*")}
+        return {name: path.read_bytes() for name, path in files.items() if path.is_file()}
+
+    for number, loaded in enumerate((
+        DiffusionPipeline.from_pretrained(published, trust_remote_code=True),
+        CtrlCscPipeline.from_pretrained(published),
+        CtrlCscPipeline(AutoModel.from_pretrained(published), pipe.image_processor),
+    )):  # fmt: skip
+        found = saved(loaded, f"again{number}")
+        assert {name: content for name, content in found.items() if name in records} == {
+            name: (published / name).read_bytes() for name in records
+        }
+    assert "README.md" not in saved(CtrlCscPipeline.from_pretrained(checkpoint), "of a folder without a card")
+    with torch.no_grad():
+        loaded.model.decoder.output_bias.add_(1)
+    caplog.clear()
+    assert records.isdisjoint(saved(loaded, "trained further"))
+    assert "its weights are others" in caplog.text
+
+
+def test_a_device_map_places_the_published_pipeline(pipe: CtrlCscPipeline, tmp_path: Path) -> None:
+    sampler = LatentSampler(torch.ones(1), torch.zeros(1, 8), [torch.eye(8)])
+    CtrlCscPipeline(pipe.model, pipe.image_processor, sampler).save_pretrained(tmp_path)
+    image = pictures(1)[0]
+    balanced = DiffusionPipeline.from_pretrained(tmp_path, device_map="balanced", trust_remote_code=True)
+    assert balanced.sampler.ranks == [8]
+    expected = pipe(image, output_type="pt").images
+    torch.testing.assert_close(balanced(image, output_type="pt").images.cpu(), expected, atol=1e-5, rtol=0)
+    placed = CtrlCscPipeline.from_pretrained(tmp_path, device_map="cpu")
+    assert placed.device.type == "cpu" and torch.equal(placed(image, output_type="pt").images, expected)
+
+
+def test_a_compiled_model_is_saved_as_it_is(pipe: CtrlCscPipeline, tmp_path: Path) -> None:
+    compiled = CtrlCscPipeline(pipe.model, pipe.image_processor)
+    compiled.model = torch.compile(pipe.model)  # compiled when it is called
+    compiled.save_pretrained(tmp_path)
+    loaded = CtrlCscPipeline.from_pretrained(tmp_path)
+    assert loaded.model.state_dict().keys() == pipe.model.state_dict().keys()
 
 
 def test_without_diffusers_the_pipeline_names_the_extra_and_the_rest_works() -> None:

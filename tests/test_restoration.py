@@ -275,6 +275,41 @@ def test_masks_mean_the_same_in_every_form(pipe):
     assert torch.equal(pipe.inpaint(images, mask[0], output_type="pt"), same)
 
 
+def test_a_mask_of_the_images_own_size_is_cropped_and_resized_like_the_image(pipe):
+    """By hand: the centre is cut out, and of each block of 3x3 pixels that become one any missing pixel counts."""
+    generator = np.random.default_rng(0)
+    image = generator.integers(0, 256, (48, 66, 3), dtype=np.uint8)
+    mask = generator.random((48, 66)) < 0.05
+    box = CtrlCscPipeline(pipe.model, CtrlCscImageProcessor(image_size=16, resample=Image.Resampling.BOX))
+    box.set_progress_bar_config(disable=True)
+    blocks = mask[:, 9:57].reshape(16, 3, 16, 3).any(axis=(1, 3))
+    expected = box.inpaint(image, blocks, output_type="pt")
+    assert 0.2 < blocks.mean() < 0.8
+    for form in (mask, torch.from_numpy(mask)[None, None], Image.fromarray(mask), [mask]):
+        assert torch.equal(box.inpaint(image, form, output_type="pt"), expected)
+    # Several images, one mask each, of its size or of the model's.
+    pair = box.inpaint([image, image[:, 9:57]], [mask, blocks], output_type="pt")
+    torch.testing.assert_close(pair, expected.expand(2, -1, -1, -1), atol=1e-6, rtol=0)
+    uncropped = CtrlCscPipeline(pipe.model, CtrlCscImageProcessor(image_size=16, do_resize=False))
+    cropped = uncropped.inpaint(image, mask, output_type="pt")
+    by_hand = uncropped.inpaint(image[16:32, 25:41], mask[16:32, 25:41], output_type="pt")
+    torch.testing.assert_close(cropped, by_hand, atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("size", [(40, 60), (12, 9)])  # larger and smaller than the model's
+def test_what_lies_under_a_mask_of_the_images_own_size_does_not_matter(pipe, size):
+    generator = np.random.default_rng(0)
+    image, other = generator.integers(0, 256, (2, *size, 3), dtype=np.uint8)
+    mask = np.zeros(size, dtype=bool)
+    mask[size[0] // 3 : size[0] // 2, size[1] // 3 : size[1] // 2] = True
+    first, second = (
+        pipe.inpaint(Image.fromarray(np.where(mask[..., None], hidden, image)), mask, keep_known=True, output_type="pt")
+        for hidden in (image, other)
+    )
+    assert torch.equal(first, second)
+    assert not torch.equal(first, pipe.inpaint(Image.fromarray(image), np.zeros(size), True, output_type="pt"))
+
+
 def test_missing_pixels_of_what_atoms_make_up_are_found():
     stage = ConvolutionalSparseCoding(3, 6, 4, 4, 0)
     flat = torch.eye(3)[:, :, None, None].expand(3, 3, 4, 4) / 4
@@ -299,7 +334,8 @@ def test_missing_pixels_of_what_atoms_make_up_are_found():
         (lambda pipe, image: pipe.denoise(image, 0.1, 0), ValueError, "batch_size must be at least 1, got 0"),
         (lambda pipe, image: pipe.denoise(image, 0.1, output_type="x"), ValueError, "output_type must be one of"),
         (lambda pipe, image: pipe.calibrate_denoising(image, [0.2, 0.1]), ValueError, "noise_std must be .* rising"),
-        (lambda pipe, image: pipe.inpaint(image, np.zeros((8, 16))), ValueError, r"mask must have .* got \(8, 16\)"),
+        (lambda pipe, image: pipe.inpaint(image, np.zeros((8, 16))), ValueError,
+         r"mask must have the size of image 0, \(16, 16\), or the model's, \(16, 16\), got \(8, 16\)"),
         (lambda pipe, image: pipe.inpaint(image, np.zeros((3, 16, 16))), ValueError, "one for each of 1, got 3"),
         (lambda pipe, image: pipe.inpaint(image, []), ValueError, "one for each of 1, got 0"),
         (lambda pipe, image: pipe.inpaint(image, np.full((16, 16), 0.5)), ValueError, "0 and 1 alone, got .*0.5"),
