@@ -50,7 +50,7 @@ def write_photographs(folder: Path, count: int) -> None:
 
 def our_loader(folder: Path) -> Callable[[], int]:
     """One epoch -> number of images."""
-    source = ImageSource(train_data_dir=str(folder), streaming=True, label_column=None)
+    source = ImageSource(train_data_dir=str(folder), streaming=True, label_column="none")
 
     def epoch() -> int:
         stream = ImageStream(

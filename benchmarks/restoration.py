@@ -1,9 +1,9 @@
 """Denoising and completion measured, and their pictures; docs/gallery.md shows what it printed and drew.
 
-    python benchmarks/restoration.py --model MODEL --dataset_name uoft-cs/cifar10 --image_column img
+    python benchmarks/restoration.py --model MODEL --dataset_name uoft-cs/cifar10
 
-The first images of the test split calibrate: every method's parameters are those of the highest PSNR there, for each
-noise level. The next ones are measured. Everything of ours that has a public call is measured through it.
+Some images of the test split calibrate: every method's parameters are those of the highest PSNR there, for each
+noise level. Others are measured. Everything of ours that has a public call is measured through it.
 """
 
 import argparse
@@ -23,6 +23,7 @@ from torch import Tensor
 from transformers import AutoModel
 
 from ctrl_csc_hf import CtrlCscImageProcessor, CtrlCscModel, CtrlCscPipeline
+from ctrl_csc_hf.encoding import find_columns
 from ctrl_csc_hf.restoration import DENOISING_ITERATIONS, NOISE_LEVELS, denoise, denoising_sparsity, explain, psnr
 
 sys.path.append(str(Path(__file__).parents[1] / "training"))
@@ -342,7 +343,6 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--model", required=True, help="a folder that train.py wrote, or a Hub repository")
     parser.add_argument("--baseline", help="a model of ordinary convolutions that train.py wrote; compared where given")
     parser.add_argument("--dataset_name", required=True)
-    parser.add_argument("--image_column", default="image")
     parser.add_argument("--split", default="test")
     parser.add_argument("--num_images", type=int, default=128)
     parser.add_argument("--output", type=Path, default=Path("docs/gallery"))
@@ -351,13 +351,11 @@ def main(arguments: list[str] | None = None) -> None:
     torch.set_num_threads(1)
     model = CtrlCscModel.from_pretrained(options.model).eval()
     baseline = None if options.baseline is None else AutoModel.from_pretrained(options.baseline).eval()
-    source = ImageSource(dataset_name=options.dataset_name, split=options.split, label_column=None,
-                         image_column=options.image_column, streaming=True)  # fmt: skip
+    source = ImageSource(dataset_name=options.dataset_name, split=options.split, label_column="none", streaming=True)
+    rows = load_images(source)
+    image_column, _ = find_columns(rows.features)
     images = take_images(
-        load_images(source),
-        CALIBRATION_IMAGES + options.num_images,
-        image_column=options.image_column,
-        image_size=model.config.image_size,
+        rows, CALIBRATION_IMAGES + options.num_images, image_column=image_column, image_size=model.config.image_size
     )
     if len(images) <= CALIBRATION_IMAGES:
         parser.error(f"dataset_name must have more than {CALIBRATION_IMAGES} images in the split, got {len(images)}")

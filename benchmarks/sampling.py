@@ -1,6 +1,6 @@
 """Samples, nearest subspaces and retrieval of a model, measured and drawn; docs/gallery.md holds the results.
 
-`python benchmarks/sampling.py --model PATH --dataset_name uoft-cs/cifar10 --image_column img --feature_model PATH`
+`python benchmarks/sampling.py --model PATH --dataset_name uoft-cs/cifar10 --feature_model PATH`
 
 Fréchet distances are between the first `num_images` test images and as many others, in a vision model's pooled
 features, as in training/evaluate.py. Writes sampling.json and the pictures into `output_dir`, and the encoded splits
@@ -44,8 +44,6 @@ class Settings:
     model: str = field(metadata={"help": "A folder that train.py wrote, or a Hub repository."})
     dataset_name: str = field(metadata={"help": "A labelled data set with the splits train and test."})
     feature_model: str = field(metadata={"help": "A vision model for the Fréchet distance."})
-    image_column: str = "image"
-    label_column: str = "label"
     class_names: str = field(default="", metadata={"help": "Separated by commas, for the pictures."})
     num_images: int = field(default=5000, metadata={"help": "Of each Fréchet distance."})
     feature_size: int = field(default=64, metadata={"help": "Side that images are resized to for the feature model."})
@@ -100,19 +98,19 @@ def main(settings: Settings) -> None:
 
 
 def encoded(settings: Settings, split: str, model: CtrlCscModel, processor: CtrlCscImageProcessor) -> dict[str, Tensor]:
-    """Of a split: pixels (n, 3, H, W), uint8, latents (n, d) and labels (n,)."""
+    """Of a split, in random order: pixels (n, 3, H, W), uint8, latents (n, d) and labels (n,)."""
     path = Path(settings.cache_dir) / f"{split}.safetensors"
     if not path.exists():
         dataset = datasets.load_dataset(settings.dataset_name, split=split, streaming=True)
-        columns = {"image_column": settings.image_column, "label_column": settings.label_column}
-        parts = list(encode_dataset(dataset, model, processor, **columns, batch_size=BATCH_SIZE))
+        parts = list(encode_dataset(dataset, model, processor, label_column=None, batch_size=BATCH_SIZE))
         path.parent.mkdir(parents=True, exist_ok=True)
         tensors = {
             "pixels": torch.cat([((part.pixel_values + 1) * 127.5).round().byte() for part in parts]),
             "latents": torch.cat([part.latents for part in parts]),
             "labels": torch.cat([part.labels for part in parts]),
         }
-        save_file(tensors, path)
+        order = torch.randperm(len(tensors["labels"]), generator=torch.Generator().manual_seed(0))
+        save_file({name: tensor[order] for name, tensor in tensors.items()}, path)
     return load_file(path)
 
 

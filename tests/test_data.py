@@ -2,18 +2,31 @@
 
 import os
 import random
+from collections import Counter
 from io import BytesIO
 from pathlib import Path
 
+import datasets
 import numpy as np
+import pyarrow as pa
 import pytest
 import torch
 from conftest import BROKEN, NUM_IMAGES, READABLE, SIZE, encoded, random_image
-from data import ImageDataset, ImageSource, decode, hold_out, load_images, take_images, to_pixel_values
+from data import (
+    ImageSource,
+    decode,
+    hold_out,
+    load_images,
+    load_splits,
+    take_examples,
+    take_images,
+    to_pixel_values,
+)
 from PIL import Image, ImageOps
 from stream import ImageLoader, ImageStream
 
-from ctrl_csc_hf.image_processing_ctrl_csc import CtrlCscImageProcessor
+from ctrl_csc_hf import CtrlCscConfig, CtrlCscImageProcessor, CtrlCscModel, encoding
+from ctrl_csc_hf.encoding import ImageDataset, encode_dataset, find_columns
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +62,7 @@ def test_class_folders_become_labels(image_folder, tmp_path, streaming):
 
 
 def test_without_a_label_column_there_are_no_labels(parquet_folder, tmp_path):
-    source = ImageSource(train_data_dir=parquet_folder, label_column=None, cache_dir=str(tmp_path))
+    source = ImageSource(train_data_dir=parquet_folder, label_column="none", cache_dir=str(tmp_path))
     assert set(next(iter(loader_of(load_images(source))))) == {"pixels"}
 
 
@@ -76,18 +89,174 @@ def test_a_wrong_source_is_an_error(tmp_path):
         load_images(ImageSource(train_data_dir=str(tmp_path / "missing")))
 
 
-def test_held_out_images_are_the_first_readable_ones(images):
-    taken = take_images(images, 6, image_column="image", image_size=SIZE)
-    expected = [np.asarray(random_image(index)) for index in READABLE[:6]]
-    assert np.array_equal(((taken + 1) * 127.5).round().permute(0, 2, 3, 1), expected)
+def indices_of(taken: torch.Tensor) -> list[int]:
+    """Which of the random images these are."""
+    known = {np.asarray(random_image(index)).tobytes(): index for index in range(NUM_IMAGES)}
+    pixels = ((taken + 1) * 127.5).round().byte().permute(0, 2, 3, 1).numpy()
+    return [known[np.ascontiguousarray(image).tobytes()] for image in pixels]
+
+
+def test_a_sample_of_all_images_is_all_readable_ones_with_their_labels_in_random_order(images):
+    taken, labels = take_examples(images, 100, image_column="image", image_size=SIZE, label_column="label")
+    assert indices_of(taken) == labels.tolist() != READABLE
+    assert sorted(labels.tolist()) == READABLE
+
+
+def test_samples_are_drawn_from_the_whole_split_and_belong_to_their_seed(images):
+    form = {"image_column": "image", "image_size": SIZE}
+    drawn = Counter()
+    for seed in range(200):
+        sample = indices_of(take_images(images, 5, seed=seed, **form))
+        assert len(set(sample)) == 5
+        drawn.update(sample)
+    assert indices_of(take_images(images, 5, seed=7, **form)) == indices_of(take_images(images, 5, seed=7, **form))
+    # 22 readable images, each in a sample with probability 5/22: 45.5 expected, standard deviation 5.9
+    assert set(drawn) == set(READABLE) and all(20 < count < 75 for count in drawn.values())
+
+
+def test_where_no_image_can_be_read_a_sample_is_an_error(images):
     broken = images.filter(lambda row: row["label"] == BROKEN)
-    with pytest.raises(ValueError, match="none of the 1 images"):
+    with pytest.raises(ValueError, match="image_column='image' must hold images that can be read, but none"):
         take_images(broken, 3, image_column="image", image_size=SIZE)
 
 
-def test_no_more_images_can_be_held_out_than_there_are(images):
-    with pytest.raises(ValueError, match=f"less than the number of images, {NUM_IMAGES}, got"):
-        hold_out(images, NUM_IMAGES, image_column="image")
+@pytest.mark.parametrize("broken", [None, {"bytes": None, "path": None}, {"bytes": b"no image", "path": None}])
+@pytest.mark.parametrize("streaming", [False, True])
+def test_null_and_truncated_images_are_skipped_by_samples_held_out_parts_and_encoding(broken, streaming, tmp_path):
+    scratch = tmp_path / "scratch.png"
+    rows = [{"bytes": encoded(random_image(index), scratch), "path": None} for index in range(40)]
+    rows[0::10] = [broken] * 4
+    pyarrow_rows = pa.array(rows, type=pa.struct({"bytes": pa.binary(), "path": pa.string()}))
+    table = pa.table({"image": pyarrow_rows, "label": list(range(40))})
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.Value("int64")})
+    datasets.Dataset(table).cast(features).to_parquet(tmp_path / "data" / "train.parquet")
+    source = ImageSource(train_data_dir=str(tmp_path / "data"), streaming=streaming, cache_dir=str(tmp_path / "cache"))
+    images = load_images(source)
+    rest, held = hold_out(images, 4, image_column="image")
+    assert len(list(rest)) in (36, 33) and len(held) == 4  # a stream leaves out all copies of a broken one
+    assert len(take_images(images, 40, image_column="image", image_size=SIZE)) == 36
+    model, processor = CtrlCscModel(CtrlCscConfig(image_size=8)).eval(), CtrlCscImageProcessor(image_size=8)
+    (batch,) = encode_dataset(images, model, processor, label_column="label")
+    assert batch.labels.tolist() == [index for index in range(40) if index % 10]
+
+
+def sorted_by_class(folder: Path, streaming: bool, sizes: list[int]) -> ImageDataset:
+    """Noise with labels, one class after the other; of class k there are sizes[k] images."""
+    if not folder.exists():
+        labels = [label for label, size in enumerate(sizes) for _ in range(size)]
+        rows = {"image": [random_image(index, (2, 2)) for index in range(len(labels))], "label": labels}
+        features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(num_classes=len(sizes))})
+        datasets.Dataset.from_dict(rows, features).to_parquet(folder / "train.parquet", batch_size=20)
+    return load_images(
+        ImageSource(train_data_dir=str(folder), streaming=streaming, cache_dir=str(folder.with_suffix(".cache")))
+    )
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_held_out_images_are_a_tenth_at_most_and_leave_every_class_in_training(streaming, tmp_path, caplog):
+    images = sorted_by_class(tmp_path / "data", streaming, sizes=[1] * 10 + [90, 90])
+    columns = {"image_column": "image", "label_column": "label"}
+    classes = Counter()
+    for seed in range(20):
+        rest, held = hold_out(images, 100, seed=seed, **columns)
+        assert len(held) == 19 and {row["label"] for row in rest} == set(range(12))
+        classes.update(row["label"] for row in held)
+        assert len(list(rest)) == 190 - 19
+    assert set(classes) == {10, 11} and 120 < classes[10] < 260  # of 380, half expected
+    assert "19 images are held out instead of 100, of 190 in all" in caplog.text
+
+
+def test_images_that_are_all_the_last_of_their_class_cannot_be_held_out(tmp_path):
+    images = sorted_by_class(tmp_path / "data", True, sizes=[1] * 30)
+    with pytest.raises(ValueError, match=r"no images can be held out of 30.*give validation_split"):
+        hold_out(images, 3, image_column="image", label_column="label")
+
+
+def test_a_long_stream_is_sampled_from_a_part_of_its_row_groups_all_over(tmp_path, monkeypatch):
+    monkeypatch.setattr(encoding, "SAMPLED_SHARDS", 10)
+    images = sorted_by_class(tmp_path / "data", True, sizes=[40] * 50)  # 100 row groups of 20 images
+    rows, seen, _ = encoding.reservoir(images, 50, seed=0)
+    assert seen == 10 * 20 >= encoding.SAMPLED_ROWS * len(rows) and len(rows) >= 50
+    assert len({row["label"] for _, row in rows}) > 5  # the first 50 rows have two labels
+
+
+@pytest.mark.parametrize(
+    ("spec", "held_out", "allowed"),
+    [
+        ("train", "train", False),
+        ("train", "train[:10%]", False),
+        ("train[10%:]", "train[:20%]", False),
+        ("train[10%:]", "train[:10%]", True),
+        ("train+test", "test", False),
+        ("train", "test", True),
+    ],
+)
+def test_splits_to_train_on_and_held_out_share_no_image(spec, held_out, allowed, tmp_path):
+    for split in ("train", "test"):
+        rows = {"image": [random_image(index) for index in range(20)]}
+        dataset = datasets.Dataset.from_dict(rows, datasets.Features({"image": datasets.Image()}))
+        dataset.to_parquet(tmp_path / "data" / f"{split}.parquet")
+    source = ImageSource(train_data_dir=str(tmp_path / "data"), split=spec, cache_dir=str(tmp_path / "cache"))
+    if allowed:
+        images, others, name = load_splits(source, held_out, 5, seed=0, preferred=())
+        assert name == held_out and len(images) and len(others)
+    else:
+        with pytest.raises(ValueError, match="must have no image of the split to train on"):
+            load_splits(source, held_out, 5, seed=0, preferred=())
+
+
+def test_splits_are_found_or_held_out(parquet_folder, image_folder, tmp_path):
+    source = ImageSource(train_data_dir=parquet_folder, cache_dir=str(tmp_path), label_column="none")
+    images, others, name = load_splits(source, None, 2, seed=0, preferred=("test", "valid"))
+    assert (len(images), len(others), name) == (NUM_IMAGES - 2, 2, "train")
+    with pytest.raises(ValueError, match=r"must be one of \['train'\], got \['dev'\]"):
+        load_splits(source, "dev", 2, seed=0, preferred=())
+
+
+@pytest.mark.parametrize(
+    ("features", "found"),
+    [
+        ({"img": "image", "label": "class"}, ("img", "label")),
+        ({"picture": "image", "fine": "class", "coarse": "class"}, ("picture", None)),
+        ({"picture": "image", "fine": "class", "label": "class"}, ("picture", "label")),
+        ({"picture": "image", "labels": "int64", "id": "int64"}, ("picture", "labels")),
+        ({"picture": "image", "id": "int64", "label": "string"}, ("picture", None)),
+        ({"id": "int64"}, "image_column must name the column of images, one of .*'id'"),
+        ({"a": "image", "b": "image"}, "image_column must name the column of images, one of .*'a', 'b'"),
+    ],
+)
+def test_columns_are_found_by_their_type(features, found):
+    types = {"image": datasets.Image(), "class": datasets.ClassLabel(num_classes=3)}
+    columns = datasets.Features({name: types.get(kind) or datasets.Value(kind) for name, kind in features.items()})
+    if isinstance(found, tuple):
+        assert find_columns(columns) == found
+        assert find_columns(columns, label_column="none") == (found[0], None)
+    else:
+        with pytest.raises(ValueError, match=found):
+            find_columns(columns)
+
+
+def test_an_image_that_the_processor_refuses_is_unreadable_before_it_takes_memory(tmp_path):
+    data = encoded(Image.new("L", (65535, 1)), tmp_path / "thin.png")
+    with pytest.raises(ValueError, match="1 x 65535 pixels: a side must be at most 1000 times the other"):
+        decode({"bytes": data, "path": None}, 32)
+
+
+@pytest.mark.parametrize(("label", "said"), [(None, "None"), (-1, "-1"), (7, "7")])
+def test_a_label_that_is_null_or_outside_of_its_classes_is_an_error_that_names_image_and_column(label, said, tmp_path):
+    scratch = tmp_path / "scratch.png"
+    rows = [{"bytes": encoded(random_image(index), scratch), "path": f"{index}.png"} for index in range(8)]
+    pixels = pa.array(rows, type=pa.struct({"bytes": pa.binary(), "path": pa.string()}))
+    table = pa.table({"image": pixels, "kind": pa.array([0, 1, 2, label, 0, 1, 2, 0], type=pa.int64())})
+    features = datasets.Features({"image": datasets.Image(), "kind": datasets.ClassLabel(num_classes=3)})
+    dataset = load_images_of(datasets.Dataset(table, info=datasets.DatasetInfo(features=features)))
+    message = rf"label_column='kind' must hold integers in \[0, 3\), but 3\.png has the label {said}"
+    with pytest.raises(ValueError, match=message):
+        list(loader_of(dataset, label_column="kind").epoch())
+
+
+def load_images_of(dataset: datasets.Dataset) -> datasets.Dataset:
+    return encoding.undecoded(dataset, None, None)[0]
 
 
 def transposed(image: Image.Image) -> Image.Exif:
@@ -163,7 +332,7 @@ def test_photographs_decoded_reduced_are_those_decoded_whole():
     folder = os.environ.get("CTRL_CSC_IMAGENET_SAMPLE")
     if folder is None:
         pytest.skip("CTRL_CSC_IMAGENET_SAMPLE does not name a local sample of ImageNet")
-    images = load_images(ImageSource(dataset_name=folder, split="validation", streaming=True, label_column=None))
+    images = load_images(ImageSource(dataset_name=folder, split="validation", streaming=True))
     for row in images.take(20):
         whole = Image.open(BytesIO(row["image"]["bytes"])).convert("RGB")
         lossless = BytesIO()

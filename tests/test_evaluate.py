@@ -25,9 +25,8 @@ def settings(evaluate: ModuleType, image_folder: Path, tmp_path: Path) -> Callab
     def fill(**changes: Any) -> Any:
         options = {
             "train_data_dir": str(image_folder),
-            "split": "train",
             "num_images": 40,
-            "num_frechet_images": 30,
+            "num_frechet_images": 6,
             "num_probe_images": 60,
             "output_dir": str(tmp_path / "evaluation"),
         }

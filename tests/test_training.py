@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from conftest import TRAINING
@@ -18,12 +19,23 @@ from diffusers.training_utils import EMAModel
 from ema import averaged_model
 from PIL import Image
 from safetensors.torch import load_file
+from settings import SCHEDULERS
 from transformers import AutoModel
 
 from ctrl_csc_hf import CtrlCscConfig, CtrlCscImageProcessor, CtrlCscModel
 from ctrl_csc_hf.presets import load_preset, preset_names
 
 Train = Callable[..., Path]
+
+
+def run_main(flags: list[str]) -> Path:
+    """train.py's main in this process."""
+    from accelerate.state import AcceleratorState
+    from settings import parse_settings
+    from train import main
+
+    AcceleratorState._reset_state(reset_partial_state=True)
+    return main(*parse_settings(flags))
 
 
 def test_a_run_writes_a_folder_that_the_auto_classes_load_with_its_figures(train: Train) -> None:
@@ -36,7 +48,13 @@ def test_a_run_writes_a_folder_that_the_auto_classes_load_with_its_figures(train
     assert model(pixel_values).reconstruction.shape == (1, 3, 16, 16)
     metrics = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
     assert metrics["step"] == 4 and metrics["unreadable_images"] == 0
-    assert 0 < metrics["held_out_psnr"] < 60 and 0 <= metrics["held_out_match"] <= 1
+    for figure in metrics["figures"]:
+        measured = {key: value for key, value in figure.items() if key not in ("name", "value")}
+        assert measured == {"dataset": None, "split": "train", "num_images": 8, "feature_model": None,
+                            "measured_by": "training/train.py"}  # fmt: skip
+    figures = {figure["name"]: figure["value"] for figure in metrics["figures"]}
+    assert 0 < figures["psnr"] < 60 and 0 <= figures["match"] <= 1 and 0 < figures["mean_image_psnr"] < 60
+    assert model.config.id2label == {0: "class0", 1: "class1"}
     assert sorted(path.name for path in (folder / "samples").iterdir()) == [
         "step-000000.png",
         "step-000002.png",
@@ -78,6 +96,175 @@ def test_a_resumed_run_ends_with_the_weights_of_one_that_never_stopped(train: Tr
     assert first.keys() == second.keys()
     for name in first:
         assert torch.equal(first[name], second[name]), name
+
+
+def test_a_checkpoint_is_a_model_for_the_auto_classes_and_holds_no_pickle(train: Train) -> None:
+    folder = train("--use_ema", "false", "--checkpointing_steps", "4") / "checkpoint-4"
+    saved, last = (load_file(path / "model.safetensors") for path in (folder, folder.parent))
+    model, report = AutoModel.from_pretrained(folder, output_loading_info=True)
+    assert isinstance(model, CtrlCscModel) and not report["missing_keys"] and not report["unexpected_keys"]
+    assert all(torch.equal(saved[name], last[name]) for name, _ in model.named_parameters() if name in saved)
+    assert CtrlCscImageProcessor.from_pretrained(folder).crop_size["height"] == 16
+    assert {path.suffix for path in folder.iterdir()} == {".json", ".safetensors"}
+
+
+def test_a_file_of_a_checkpoint_that_was_replaced_by_a_pickle_runs_no_code(train: Train, tmp_path: Path) -> None:
+    folder = train("--max_train_steps", "2")
+    ran = tmp_path / "ran"
+
+    class Code:
+        def __reduce__(self) -> tuple:
+            return Path.touch, (ran,)
+
+    read = [path for path in (folder / "checkpoint-2").iterdir() if path.name != "preprocessor_config.json"]
+    assert len(read) == 6
+    for path in read:
+        content = path.read_bytes()
+        torch.save(Code(), path)
+        with pytest.raises(Exception, match=r"."):
+            train("--resume_from_checkpoint", "latest", "--max_train_steps", "3")
+        path.write_bytes(content)
+    assert not ran.exists()
+    train("--resume_from_checkpoint", "latest", "--max_train_steps", "3")
+
+
+def test_a_resumed_run_refuses_settings_that_it_could_not_keep_to(train: Train) -> None:
+    train("--max_train_steps", "2")
+    for name, value in {
+        "seed": "1",
+        "shuffle_buffer": "99",
+        "streaming": "true",
+        "use_ema": "false",
+        "num_validation_images": "3",
+        "energy_warmup_steps": "7",
+        "deconvolution_warmup_learning_rate": "1.0",
+    }.items():
+        with pytest.raises(ValueError, match=f"{name} must not change .* was made with .*, got {value.title()};"):
+            train("--resume_from_checkpoint", "latest", "--max_train_steps", "4", f"--{name}", value)
+    with pytest.raises(ValueError, match="image_size must be 16, as the checkpoint has it, got 32"):
+        train("--resume_from_checkpoint", "latest", "--max_train_steps", "4", "--resolution", "32")
+
+
+def test_a_resumed_run_applies_and_records_the_settings_that_were_changed(train: Train) -> None:
+    def updates(*changed: str) -> dict[str, float]:
+        """Largest change of each half's parameters in two resumed steps, and of their average."""
+        folder = train("--max_train_steps", "2", output="/".join(changed) or "same")
+        before = load_file(folder / "checkpoint-2" / "model.safetensors")
+        train("--max_train_steps", "4", "--resume_from_checkpoint", "latest", *changed, output=str(folder))
+        after, averaged = (load_file(path / "model.safetensors") for path in (folder / "checkpoint-4", folder))
+        names = [name for name in before if name.endswith("bias")]
+        moved = {
+            half: max((after[name] - before[name]).abs().max().item() for name in names if name.startswith(half))
+            for half in ("encoder", "decoder")
+        }
+        behind = max((after[name] - averaged[name]).abs().max().item() for name in names)
+        changes = json.loads((folder / "training_args.json").read_text(encoding="utf-8"))["changed_on_resume"]
+        settings = [(change["step"], change["setting"], change["after"]) for change in changes]
+        expected = [(2, "max_train_steps", 4)]
+        if changed:
+            expected.append((2, changed[0].removeprefix("--"), float(changed[1])))
+        assert sorted(settings) == sorted(expected)
+        return moved | {"behind": behind}
+
+    same = updates()
+    slow_encoder = updates("--encoder_learning_rate", "1e-7")
+    assert slow_encoder["encoder"] < 1e-5 < 1e-4 < same["encoder"]
+    assert slow_encoder["decoder"] == pytest.approx(same["decoder"], rel=0.2)
+    assert updates("--decoder_learning_rate", "1e-7")["decoder"] < 1e-5 < same["decoder"]
+    assert updates("--ema_decay", "0.0")["behind"] < 1e-6 < same["behind"]
+    assert updates("--adam_beta1", "0.9")["decoder"] != same["decoder"]
+
+
+@pytest.mark.parametrize("scheduler", SCHEDULERS)
+def test_every_schedule_that_is_offered_goes_on_where_it_was(train: Train, scheduler: str) -> None:
+    flags = ("--lr_scheduler", scheduler, "--lr_warmup_steps", "2", "--max_train_steps", "5")
+    whole = train(*flags, "--checkpoints_total_limit", "5", output="whole")
+    resumed = train(*flags, "--resume_from_checkpoint", str(whole / "checkpoint-2"), output="resumed")
+    first, second = (load_file(folder / "model.safetensors") for folder in (whole, resumed))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_other_folders_and_files_beside_the_checkpoints_stay_and_stop_nothing(train: Train, tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    for name in ("checkpoint-best", "checkpoint-4-backup"):
+        (folder / name).mkdir(parents=True)
+    (folder / "checkpoint-9.zip").write_bytes(b"kept")
+    (folder / "checkpoint-7").write_bytes(b"kept")
+    train("--checkpoints_total_limit", "1")
+    train("--resume_from_checkpoint", "latest", "--max_train_steps", "6", "--checkpoints_total_limit", "1")
+    names = {path.name for path in folder.glob("checkpoint-*")}
+    assert names == {"checkpoint-6", "checkpoint-7", "checkpoint-9.zip", "checkpoint-best", "checkpoint-4-backup"}
+
+
+@pytest.mark.parametrize("size", [16, 28, 48])
+def test_a_folder_and_an_output_are_enough_whatever_the_resolution(
+    size: int, image_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from settings import parse_settings
+
+    flags = ["--train_data_dir", str(image_folder), "--output_dir", str(tmp_path / "out"), "--resolution", str(size)]
+    settings, config = parse_settings(flags)
+    assert config.image_size == size and settings.image_column is None and settings.validation_split is None
+    assert settings.hub_dataset_id is None and settings.streaming is False
+    short = ["--energy_warmup_steps", "1", "--deconvolution_warmup_steps", "1", "--max_train_steps", "1"]
+    assert run_main([*flags, *short, "--cache_dir", str(tmp_path / "cache")]).is_dir()
+    assert CtrlCscConfig.from_pretrained(tmp_path / "out").image_size == size
+
+
+def test_a_presets_data_set_gives_way_to_the_one_that_is_named() -> None:
+    from settings import parse_settings
+
+    ours, _ = parse_settings(["--config", "cifar10"])
+    assert (ours.dataset_name, ours.image_column, ours.validation_split) == ("uoft-cs/cifar10", "img", "test")
+    assert ours.hub_dataset_id == "uoft-cs/cifar10" and ours.streaming
+    same, _ = parse_settings(["--config", "cifar10", "--dataset_name", "uoft-cs/cifar10", "--streaming", "false"])
+    assert (same.image_column, same.streaming) == ("img", False)
+    other, _ = parse_settings(["--config", "cifar10", "--dataset_name", "org/other"])
+    assert (other.image_column, other.validation_split, other.hub_dataset_id) == (None, None, "org/other")
+    assert other.streaming
+
+
+def test_a_model_that_is_worse_than_the_mean_image_is_announced(train: Train, caplog: pytest.LogCaptureFixture) -> None:
+    figures = json.loads((train("--max_train_steps", "1") / "metrics.json").read_text(encoding="utf-8"))["figures"]
+    psnr, mean = (next(f["value"] for f in figures if f["name"] == name) for name in ("psnr", "mean_image_psnr"))
+    assert psnr < mean
+    assert (
+        f"The model has learned nothing: its reconstructions of the held-out images have {psnr:.2f} dB" in caplog.text
+    )
+
+
+def test_images_of_one_channel_are_refused_by_the_name_of_the_setting(train: Train, tiny_preset: Path) -> None:
+    text = tiny_preset.read_text(encoding="utf-8").replace("model:", "model:\n  num_channels: 1")
+    tiny_preset.write_text(text, encoding="utf-8")
+    with pytest.raises(ValueError, match="num_channels must be 3, as images are read as RGB, got 1"):
+        train()
+
+
+def test_what_is_wrong_is_said_in_one_line(tiny_preset: Path, tmp_path: Path) -> None:
+    command = [sys.executable, str(TRAINING / "train.py"), "--train_data_dir", str(tmp_path / "nothing")]
+    result = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    assert result.returncode == 1 and "Traceback" not in result.stderr
+    assert result.stderr.splitlines()[-1].startswith("ValueError: train_data_dir must be a folder, got ")
+
+
+def test_batch_norms_and_held_out_images_come_from_all_classes_of_a_folder_sorted_by_class(
+    train: Train, tmp_path: Path
+) -> None:
+    for label, (low, high) in enumerate([(0, 80), (175, 255)]):
+        for index in range(2100):
+            path = tmp_path / "data" / "train" / str(label) / f"{index}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            pixels = np.random.default_rng(index).integers(low, high, (4, 4, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(path)
+    flags = ("--max_train_steps", "1", "--num_validation_images", "200", "--validation_steps", "9")
+    model = AutoModel.from_pretrained(train(*flags, data=tmp_path / "data"))
+    first = model.encoder.stages[0]
+    dark, bright = (torch.full((1, 3, 16, 16), level) for level in (-0.69, 0.69))
+    means = [first.encode(image).mean(dim=(0, 2, 3)) for image in (dark, bright)]
+    # Of the mean codes of dark and of bright images, the running mean is about half way between the two.
+    apart = (means[1] - means[0]).abs() > 0.1
+    share = (model.encoder.norms[0].running_mean - means[0])[apart] / (means[1] - means[0])[apart]
+    assert 0.3 < share.median() < 0.7
 
 
 def test_what_was_learnt_before_the_game_is_kept_and_gone_on_from(
@@ -130,12 +317,8 @@ def test_two_processes_train_one_model_and_resume_where_each_of_them_stood(
         "--reconstruction_statistics=images",
     )
     whole = run("whole", *flags, "--checkpoints_total_limit=5")
-    (history,) = [
-        state
-        for path in (whole / "checkpoint-6").glob("custom_checkpoint_*.pkl")
-        if "places" in (state := torch.load(path, weights_only=False))
-    ]
-    assert len(history["places"]) == 2  # there were two
+    state = json.loads((whole / "checkpoint-6" / "training_state.json").read_text(encoding="utf-8"))
+    assert len(state["history"]["places"]) == 2  # there were two
     resumed = run("resumed", *flags, f"--resume_from_checkpoint={whole / 'checkpoint-2'}")
     first, second = (load_file(folder / "model.safetensors") for folder in (whole, resumed))
     for name in first:
@@ -169,7 +352,7 @@ def test_old_checkpoints_are_removed_beyond_the_limit(train: Train) -> None:
 ])  # fmt: skip
 def test_every_objective_and_weight_trains(train: Train, flags: tuple[str, ...]) -> None:
     metrics = json.loads((train(*flags, "--max_train_steps", "2") / "metrics.json").read_text(encoding="utf-8"))
-    assert all(value == value for value in metrics.values())
+    assert all(figure["value"] == figure["value"] for figure in metrics["figures"])
 
 
 def test_steps_before_the_game_are_recorded_by_their_loss(train: Train) -> None:
@@ -246,7 +429,12 @@ def test_ctrl_c_saves_a_checkpoint_from_which_the_run_goes_on(
         (("--max_train_steps", "0"), "max_train_steps must be at least 1, got 0"),
         (("--resume_from_checkpoint", "latest"), "there is no checkpoint in"),
         (("--image_column", "picture"), "image_column must be one of .*image.*, got 'picture'"),
-        (("--resolution", "24"), "strides=.* is not allowed.*image_size=24"),
+        (("--resolution", "4"), "image_size=4"),
+        (("--validation_split", "train"), "must have no image of the split to train on"),
+        (("--train_split", "nothing"), "nothing"),
+        (("--lr_scheduler", "reduce_lr_on_plateau"), "lr_scheduler must be one of .*'linear'.*, got 'reduce_lr"),
+        (("--encoder", "convolution", "--push_to_hub"), "push_to_hub must be off for encoder='convolution'"),
+        (("--push_to_hub",), "license"),
         (("--play", "both"), "play must be one of"),
         (("--reconstruction_statistics", "all"), "reconstruction_statistics must be one of .*own.*, got 'all'"),
         (("--energy_warmup_steps", "-1"), "energy_warmup_steps must be at least 0, got -1"),
@@ -278,6 +466,8 @@ def test_a_run_that_starts_from_a_checkpoint_takes_its_sizes_and_weights(train: 
     )
     tiny_preset.write_text(larger, encoding="utf-8")
     start = ("--pretrained_model_name_or_path", str(first))
+    with pytest.raises(ValueError, match=r"resolution must be 16 or be left out, .* got 32"):
+        train(*start, "--resolution", "32", output="other")
     second = train(*start, "--max_train_steps", "1", "--use_ema", "false", output="second")
     assert CtrlCscConfig.from_pretrained(second).image_size == 16
     before, after = (load_file(folder / "model.safetensors") for folder in (first, second))
@@ -357,30 +547,21 @@ def test_statistics_of_an_average_are_the_means_over_the_batches_of_its_images()
 
 
 def test_cifar10_streams_through_the_preset(train: Train, cifar10: str, tmp_path: Path) -> None:
-    from accelerate.state import AcceleratorState
-    from settings import parse_settings
-    from train import main
-
-    AcceleratorState._reset_state(reset_partial_state=True)
-    flags = ["--config", "cifar10", "--dataset_name", cifar10, "--image_column", "image", "--report_to", "none"]
+    flags = ["--config", "cifar10", "--dataset_name", cifar10, "--report_to", "none"]
     flags += ["--max_train_steps", "2", "--num_validation_images", "64", "--output_dir", str(tmp_path / "cifar10")]
     flags += ["--energy_warmup_steps", "0", "--deconvolution_warmup_steps", "1"]
-    folder = main(*parse_settings([*flags, "--train_batch_size", "64"]))
-    assert json.loads((folder / "metrics.json").read_text(encoding="utf-8"))["step"] == 2
+    folder = run_main([*flags, "--train_batch_size", "64"])
+    metrics = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
+    assert metrics["step"] == 2 and metrics["figures"][0]["split"] == "test"
 
 
 def test_imagenet_streams_through_its_preset(tmp_path: Path) -> None:
     folder = os.environ.get("CTRL_CSC_IMAGENET_SAMPLE")
     if not folder:
         pytest.skip("CTRL_CSC_IMAGENET_SAMPLE names no local sample of ImageNet")
-    from accelerate.state import AcceleratorState
-    from settings import parse_settings
-    from train import main
-
-    AcceleratorState._reset_state(reset_partial_state=True)
     flags = ["--config", "imagenet64", "--dataset_name", folder, "--train_split", "validation", "--report_to", "none"]
     flags += ["--max_train_steps", "1", "--num_validation_images", "8", "--train_batch_size", "8", "--use_ema", "false"]
-    flags += ["--dataloader_num_workers", "1", "--output_dir", str(tmp_path / "imagenet")]
+    flags += ["--dataloader_num_workers", "1", "--output_dir", str(tmp_path / "imagenet"), "--label_column", "none"]
     flags += ["--energy_warmup_steps", "0", "--deconvolution_warmup_steps", "1"]
-    metrics = json.loads((main(*parse_settings(flags)) / "metrics.json").read_text(encoding="utf-8"))
+    metrics = json.loads((run_main(flags) / "metrics.json").read_text(encoding="utf-8"))
     assert metrics["step"] == 1 and metrics["unreadable_images"] == 0

@@ -4,21 +4,25 @@ import hashlib
 import logging
 import math
 import random
+import re
 from collections import Counter
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from io import BytesIO
+from itertools import product
 from pathlib import Path
 from typing import Any, Literal
 
 import datasets
 import numpy as np
+import pyarrow as pa
 import torch
 from datasets.utils.file_utils import xopen
 from PIL import ExifTags, Image, ImageOps
 from torch import Tensor
 
-from ctrl_csc_hf.encoding import ImageDataset, draw_images, draw_rows, reservoir, undecoded
-from ctrl_csc_hf.image_processing_ctrl_csc import CtrlCscImageProcessor
+from ctrl_csc_hf.encoding import ImageDataset, draw_images, draw_rows, find_columns, reservoir, undecoded
+from ctrl_csc_hf.image_processing_ctrl_csc import CtrlCscImageProcessor, check_sides
 
 logger = logging.getLogger(__name__)
 
@@ -65,6 +69,15 @@ class ImageSource:
         if self.dataset_name is None and self.train_data_dir is None:
             raise ValueError("dataset_name or train_data_dir must be given, got neither")
 
+    @property
+    def place(self) -> tuple[str, str | None]:
+        """Path or Hub id, and configuration."""
+        return self.dataset_name or self.train_data_dir, self.dataset_config_name
+
+    @property
+    def data_dir(self) -> str | None:
+        return self.train_data_dir if self.dataset_name else None
+
 
 def load_images(source: ImageSource) -> ImageDataset:
     """The rows of a source, images not yet decoded.
@@ -72,21 +85,58 @@ def load_images(source: ImageSource) -> ImageDataset:
     Raises:
         ValueError: if a folder, split or column does not exist, or a column holds something else.
     """
-    if source.dataset_name is None:
-        if not Path(source.train_data_dir).is_dir():
-            raise ValueError(f"train_data_dir must be a folder, got {source.train_data_dir!r}")
-        path, data_dir = source.train_data_dir, None
-    else:
-        path, data_dir = source.dataset_name, source.train_data_dir
+    if source.dataset_name is None and not Path(source.train_data_dir).is_dir():
+        raise ValueError(f"train_data_dir must be a folder, got {source.train_data_dir!r}")
     dataset = datasets.load_dataset(
-        path,
-        source.dataset_config_name,
-        data_dir=data_dir,
+        *source.place,
+        data_dir=source.data_dir,
         split=source.split,
         streaming=source.streaming,
         cache_dir=source.cache_dir,
     )
     return undecoded(dataset, source.image_column, source.label_column)[0]
+
+
+def load_splits(
+    source: ImageSource, validation_split: str | None, num_held_out: int, *, seed: int, preferred: Sequence[str]
+) -> tuple[ImageDataset, ImageDataset, str]:
+    """Training images, held-out images, and the name of the split that the latter are from.
+
+    Args:
+        source: of the training images.
+        validation_split: of the held-out images; by default the first of `preferred` that exists, or else a part of
+            the training images, see `hold_out`.
+        num_held_out: size of that part.
+        seed: of that part.
+
+    Raises:
+        ValueError: see `load_images`, for a split that does not exist, and if both splits have images in common.
+    """
+    images = load_images(source)
+    names = datasets.get_dataset_split_names(*source.place, data_dir=source.data_dir)
+    if validation_split is None:
+        validation_split = next((name for name in preferred if name in names and name != source.split), None)
+    if validation_split is None:
+        image_column, label_column = find_columns(images.features, source.image_column, source.label_column)
+        columns = {"image_column": image_column, "label_column": label_column}
+        return *hold_out(images, num_held_out, **columns, seed=seed), source.split
+    if unknown := set(re.split(r"\[.*?\]|\+", validation_split)) - {"", *names}:
+        raise ValueError(f"the split of the held-out images must be one of {names}, got {sorted(unknown)}")
+    infos = images.info.splits or {}
+    sizes = {name: infos[name].num_examples if name in infos else 1 for name in names}
+    parts = [datasets.ReadInstruction.from_spec(s).to_absolute(sizes) for s in (source.split, validation_split)]
+    for first, second in product(*parts):
+        if first.splitname == second.splitname and max(first.from_, second.from_) < min(first.to, second.to):
+            raise ValueError(
+                f"the split of the held-out images, {validation_split!r}, must have no image of the split to train on, "
+                f"{source.split!r}: name another one, or none, to hold out a part of the training images"
+            )
+    return images, load_images(replace(source, split=validation_split)), validation_split
+
+
+def hub_id(dataset_name: str | None) -> str | None:
+    """The name of a data set on the Hub; None for a local folder, which `datasets` takes first."""
+    return None if dataset_name is None or Path(dataset_name).exists() else dataset_name
 
 
 def to_pixel_values(pixels: Tensor, device: torch.device | str = "cpu") -> Tensor:
@@ -175,7 +225,8 @@ def hold_out(
         return dataset.select(rest), dataset.select(chosen)
     digests = frozenset(_digest(row[image_column]) for _, row in held)
     rest = dataset.filter(_is_not_in, input_columns=image_column, fn_kwargs={"digests": digests})
-    return rest, datasets.Dataset.from_list([row for _, row in held], features=dataset.features)
+    table = pa.Table.from_pylist([row for _, row in held], schema=dataset.features.arrow_schema)
+    return rest, datasets.Dataset(table, info=datasets.DatasetInfo(features=dataset.features))
 
 
 def _is_not_in(encoded: dict[str, Any], digests: frozenset[bytes]) -> bool:
@@ -207,13 +258,14 @@ def decode(
     Raises:
         Exception: what PIL raises, of nearly every kind, for what it cannot read.
     """
-    if encoded is None or encoded["bytes"] is None and encoded["path"] is None:
+    if encoded is None or (encoded["bytes"] is None and encoded["path"] is None):
         raise ValueError("the image is null")
     data = encoded["bytes"]
     if data is None:
         with xopen(encoded["path"], "rb") as file:
             data = file.read()
     image = Image.open(BytesIO(data))
+    check_sides(image.height, image.width)  # by its header
     if image.getexif().get(ExifTags.Base.Orientation, 1) != 1:
         ImageOps.exif_transpose(image, in_place=True)  # decodes it, at its full size
     if image.mode not in ("RGB", "L") or image.has_transparency_data:

@@ -24,8 +24,8 @@ from ctrl_csc_hf import CtrlCscImageProcessor, CtrlCscModel
 from ctrl_csc_hf.metrics import FeatureMoments, frechet_distance, peak_signal_to_noise_ratio
 from ctrl_csc_hf.visualization import reconstruction_grid
 
-TRAINING_DIGITS = 1500  # the first of the 1,797; the last 297 are held out
-SHOWN = 40  # the first of those
+TRAINING_DIGITS = 1500  # of the 1,797, drawn at random; the others are held out
+SHOWN = 40  # of those
 CHECKPOINT = Path(__file__).parents[1] / "checkpoints" / "ctrl-csc-cifar10"
 
 
@@ -38,6 +38,7 @@ def write_digits(folder: Path) -> None:
         datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(num_classes=10)}),
     )
     folder.mkdir(parents=True, exist_ok=True)
+    rows = rows.shuffle(seed=0)
     rows.select(range(TRAINING_DIGITS)).to_parquet(folder / "train.parquet")
     rows.select(range(TRAINING_DIGITS, len(rows))).to_parquet(folder / "test.parquet")
 

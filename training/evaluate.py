@@ -1,36 +1,49 @@
 """Measures a model on held-out images, beside its rivals, on the same images in the same run:
 
-    accelerate launch training/evaluate.py --model PATH --dataset_name uoft-cs/cifar10 --image_column img \
+    accelerate launch training/evaluate.py --model PATH --dataset_name uoft-cs/cifar10 \
         --feature_model CLASSIFIER --rivals "ordinary convolutions=PATH" "squared error=PATH"
 
 PCA of the same d and the mean image, fitted on the training split, are always there. Prints a table; writes into
-OUTPUT_DIR metrics.json, whose figures the model card reads where OUTPUT_DIR is the model's folder, and pictures.
+OUTPUT_DIR metrics.json and pictures. The model card reads the model's figures where OUTPUT_DIR is the model's folder.
 
 Definitions: PSNR is the mean over images of the clipped images' PSNR, in dB. match@n is the share of the first n
 images whose reconstruction's nearest latent, by cosine among those n, is their own (for PCA: among PCA's latents).
 Fréchet and kernel distance compare the reconstructions of the first `num_frechet_images` with those images, in a
 vision model's pooled features. Probe and nearest neighbours learn classes from latents of training images. Rates are
-in nats, of unit vectors, so they are left out where latents are none. "unseen" is another data set.
+in nats, of unit vectors, so they are left out where latents are none. "unseen" is another data set. All images are
+drawn uniformly from their splits, in random order, by the seed.
 """
 
 import json
+import logging
+import sys
 from collections.abc import Iterator
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from textwrap import fill
 from typing import Any
 
 import torch
 from autoencoders import Autoencoder, autoencoder, diffusers_autoencoder, linear_rivals, load_model
-from data import ImageDataset, ImageSource, load_images, take_examples, to_pixel_values
-from run import GRID_IMAGES, save_grid
+from data import (
+    ImageDataset,
+    ImageSource,
+    hub_id,
+    load_images,
+    load_splits,
+    take_examples,
+    take_images,
+    to_pixel_values,
+)
+from run import GRID_IMAGES, SETTINGS, figure_records, save_grid
 from settings import option
 from stream import ImageLoader, ImageStream
 from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import HfArgumentParser
 
+from ctrl_csc_hf.encoding import find_columns
 from ctrl_csc_hf.metrics import (
     ClosedLoopConsistency,
     CodeSparsity,
@@ -48,102 +61,136 @@ from ctrl_csc_hf.metrics import (
 )
 from ctrl_csc_hf.visualization import correlation_map, image_table
 
+logger = logging.getLogger(__name__)
+
 BATCH_SIZE = 250
 MODEL = "CTRL-CSC"
 SHOWN = 10  # images a row of the pictures
 MAPPED = 500  # images of the heat map
 NEIGHBOURS = 5
 LABEL_WIDTH = 14  # letters, of a row of pictures
-# Of metrics.json, for the card; train.py writes the same names during a run.
-CARD_FIGURES = {
-    "held_out_psnr": "psnr",
-    "held_out_match": "match",
-    "held_out_rate": "rate",
-    "held_out_reconstructed_rate": "reconstructed_rate",
-    "held_out_rate_reduction": "rate_reduction",
-    "ssim": "ssim",
-    "lpips": "lpips",
-    "frechet_distance": "frechet_distance",
-    "kernel_distance": "kernel_distance",
-    "linear_probe": "linear_probe",
-    "knn": "knn",
-    "unseen_psnr": "unseen_psnr",
-    "unseen_match": "unseen_match",
-}
+TEST_SPLITS = ("test", "validation", "valid", "val", "dev")  # in this order, where none is named
+# Of metrics.json, for the card: those that the images and the model give, and those that a feature model gives too.
+CARD_FIGURES = ("psnr", "match", "rate", "reconstructed_rate", "rate_reduction", "ssim", "lpips", "linear_probe", "knn")
+DISTANCES = ("frechet_distance", "kernel_distance")
 
 
 @dataclass
 class EvaluationSettings:
     model: str = option(None, "A folder that train.py wrote, or a Hub repository.", required=True)
     dataset_name: str | None = option(None, "A Hub data set, or a local folder that datasets.load_dataset reads.")
+    dataset_config_name: str | None = option(None, "Name of the data set configuration.")
     train_data_dir: str | None = option(None, "A local folder of images, or of Parquet files.")
+    hub_dataset_id: str | None = option(None, "Hub id of the data set that a local folder is a copy of.")
     train_split: str = option("train", "Split that PCA, the mean image and the probes are fitted on.")
-    split: str = option("test", "Split to measure on.")
-    image_column: str = option("image", "Column of the images.")
-    label_column: str = option("label", "Column of the labels, for the probes and the heat map; 'none' without.")
-    num_images: int = option(10_000, "Images to measure on, the first ones of the split.")
-    num_frechet_images: int = option(5_000, "Of these, images for the Fréchet and the kernel distance.")
-    num_probe_images: int = option(10_000, "Training images that the probes learn from.")
+    split: str | None = option(
+        None,
+        "Split to measure on; by default a test or validation split, or else the images of the training split that "
+        "train.py holds out.",
+    )
+    image_column: str | None = option(None, "Column of the images; by default the only one of images.")
+    label_column: str | None = option(
+        None, "Column of the labels, for the probes and the heat map; by default found by its type; 'none' without."
+    )
+    num_images: int = option(10_000, "Number of images to measure on.")
+    num_frechet_images: int = option(5_000, "Number of these for the Fréchet and the kernel distance.")
+    num_probe_images: int = option(10_000, "Number of training images that the probes learn from.")
     feature_model: str | None = option(None, "A vision model for the distances; without it there are none.")
     feature_size: int = option(64, "Side that images are resized to for the feature model, bilinearly.")
     rivals: list[str] | None = option(None, "Other models of train.py, as NAME=PATH.")
-    diffusers_autoencoders: list[str] | None = option(None, "Autoencoders of diffusers: folders or repositories.")
+    diffusers_autoencoders: list[str] | None = option(
+        None, "Autoencoders of diffusers, folders or repositories, as NAME=PATH."
+    )
     unseen_dataset_name: str | None = option(None, "A data set that no model was trained on.")
-    unseen_split: str = option("validation", "Its split.")
-    unseen_image_column: str = option("image", "Its column of the images.")
-    num_unseen_images: int = option(800, "Its images to measure on, and as many test images beside them.")
+    unseen_split: str = option("validation", "Split of that data set.")
+    unseen_hub_dataset_id: str | None = option(None, "Hub id of the data set that a local folder is a copy of.")
+    num_unseen_images: int = option(800, "Number of its images to measure on, and of test images beside them.")
+    seed: int = option(0, "Seed of all samples.")
     output_dir: str = option("evaluation", "Where metrics.json and the pictures are written.")
+
+    def __post_init__(self) -> None:
+        if (self.dataset_name is None) == (self.train_data_dir is None):
+            raise ValueError(
+                "exactly one of --dataset_name and --train_data_dir must be given, got "
+                f"dataset_name={self.dataset_name!r} and train_data_dir={self.train_data_dir!r}"
+            )
+        self.hub_dataset_id = hub_id(self.dataset_name) or self.hub_dataset_id
+        self.unseen_hub_dataset_id = hub_id(self.unseen_dataset_name) or self.unseen_hub_dataset_id
+        output_dir = Path(self.output_dir)
+        if (output_dir / "config.json").exists() and output_dir.resolve() != Path(self.model).resolve():
+            raise ValueError(
+                f"output_dir must be the model's own folder or hold no model, got {self.output_dir!r}, which holds "
+                f"another model than {self.model!r}"
+            )
+
+
+@dataclass(frozen=True)
+class Images:
+    """What is measured on, and what rivals and probes are fitted on.
+
+    test: (n, 3, s, s), in random order; split: where it is from; labels: (n,) or None; training: the rows to fit on.
+    """
+
+    test: Tensor
+    split: str
+    labels: Tensor | None
+    training: ImageDataset
+    image_column: str
+    label_column: str | None
+    num_classes: int | None
 
 
 @torch.inference_mode()
 def main(settings: EvaluationSettings) -> dict[str, dict[str, Any]]:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    ours = load_model(settings.model, device)
-    models = {MODEL: ours} | {name: load_model(path, device) for name, path in map(named_path, settings.rivals or ())}
+    models = {MODEL: settings.model} | dict(map(named_path, settings.rivals or ()))
+    models = {name: load_model(path, device) for name, path in models.items()}
     dims = {model.config.latent_dim for model in models.values()}
     sizes = {model.config.image_size for model in models.values()}
     if len(sizes) > 1:
         raise ValueError(f"rivals must take images of the model's size, got sides of {sorted(sizes)} pixels")
     (size,) = sizes
-    label_column = None if settings.label_column.lower() == "none" else settings.label_column
-    test = source(settings, settings.split, label_column)
-    form = {"image_column": settings.image_column, "image_size": size}
-    images, labels = take_examples(test, settings.num_images, label_column=label_column, **form)
+    images = load_data(settings, size)
     unseen = None
     if settings.unseen_dataset_name:
-        unseen_source = ImageSource(
-            dataset_name=settings.unseen_dataset_name, split=settings.unseen_split, streaming=True,
-            image_column=settings.unseen_image_column, label_column=None,
-        )  # fmt: skip
-        unseen, _ = take_examples(
-            load_images(unseen_source), settings.num_unseen_images,
-            image_column=settings.unseen_image_column, image_size=size,
-        )  # fmt: skip
-    num_classes = getattr(test.features[label_column], "num_classes", None) if label_column else None
+        source = ImageSource(
+            dataset_name=settings.unseen_dataset_name, split=settings.unseen_split, streaming=True, label_column="none"
+        )
+        rows = load_images(source)
+        column, _ = find_columns(rows.features)
+        unseen = take_images(rows, settings.num_unseen_images, image_column=column, image_size=size, seed=settings.seed)
 
     autoencoders = {name: autoencoder(model) for name, model in models.items()}
-    for path in settings.diffusers_autoencoders or ():
-        autoencoders[path] = diffusers_autoencoder(path, device)
-    batches = (batch for batch, _ in training_batches(settings, size, None, device))
+    for name, path in map(named_path, settings.diffusers_autoencoders or ()):
+        autoencoders[name] = diffusers_autoencoder(path, device)
+    batches = training_batches(images, size, device)
     autoencoders |= linear_rivals(tqdm(batches, desc="training images, for PCA"), dims)
     features = None
     if settings.feature_model:
         features = VisionFeatures(settings.feature_model, settings.feature_size, device)
+    probed = None
+    if images.num_classes:
+        probed = take_examples(
+            images.training, settings.num_probe_images, image_column=images.image_column, image_size=size,
+            label_column=images.label_column, seed=settings.seed,
+        )  # fmt: skip
 
     results: dict[str, dict[str, Any]] = {}
     for name, rival in autoencoders.items():
-        figures = measure(rival, images, features, settings.num_frechet_images, device, name)
-        if num_classes and name != "mean image":
-            figures |= probe(rival, settings, size, label_column, num_classes, images, labels, device)
+        figures = measure(rival, images.test, features, settings.num_frechet_images, device, name)
+        if probed is not None and name != "mean image":
+            figures |= probe(rival, probed, images, device)
         if unseen is not None:
-            figures |= measure_unseen(rival, unseen, images[: len(unseen)], device)
+            figures |= measure_unseen(rival, unseen, images.test[: len(unseen)], device)
         results[name] = figures
 
     output_dir = Path(settings.output_dir)
     output_dir.mkdir(parents=True, exist_ok=True)
-    write_metrics(output_dir / "metrics.json", settings, results, len(images))
-    draw(output_dir, autoencoders, images, labels, settings, size, device)
+    num_unseen = 0 if unseen is None else len(unseen)
+    write_metrics(output_dir / "metrics.json", settings, results, images, num_unseen, features)
+    draw(output_dir, autoencoders, images, size, device)
     print_table(results)
+    print(f"Figures and pictures are in {output_dir}")
     return results
 
 
@@ -154,34 +201,59 @@ def named_path(rival: str) -> tuple[str, str]:
     return name, path
 
 
-def source(settings: EvaluationSettings, split: str, label_column: str | None) -> ImageDataset:
-    return load_images(
-        ImageSource(
-            dataset_name=settings.dataset_name,
-            train_data_dir=settings.train_data_dir,
-            split=split,
-            streaming=True,
-            image_column=settings.image_column,
-            label_column=label_column,
-        )
-    )
-
-
-def training_batches(
-    settings: EvaluationSettings, image_size: int, label_column: str | None, device: torch.device
-) -> Iterator[tuple[Tensor, Tensor | None]]:
-    """All images of the training split, with their labels where there is a column of them."""
-    stream = ImageStream(
-        source(settings, settings.train_split, label_column),
+def load_data(settings: EvaluationSettings, image_size: int) -> Images:
+    """Images to measure on, and all others of the training split."""
+    path = Path(settings.model) / SETTINGS
+    trained_with = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    source = ImageSource(
+        dataset_name=settings.dataset_name,
+        dataset_config_name=settings.dataset_config_name,
+        train_data_dir=settings.train_data_dir,
+        split=settings.train_split,
+        streaming=trained_with.get("streaming", settings.dataset_name is not None),
         image_column=settings.image_column,
+        label_column=settings.label_column,
+    )
+    # The same settings as train.py's hold out the same images.
+    training, test, split = load_splits(
+        source,
+        settings.split,
+        trained_with.get("num_validation_images", settings.num_images),
+        seed=trained_with.get("seed", settings.seed),
+        preferred=TEST_SPLITS,
+    )
+    image_column, label_column = find_columns(training.features, settings.image_column, settings.label_column)
+    pixels, labels = take_examples(
+        test,
+        settings.num_images,
+        image_column=image_column,
+        image_size=image_size,
         label_column=label_column,
+        seed=settings.seed,
+    )
+    num_classes = None
+    if label_column is None:
+        logger.warning("There is no column of labels, so no probe: --label_column names one")
+    elif labels.min() < 0:
+        logger.warning("label_column=%r holds %d, so there is no probe", label_column, labels.min())
+    else:
+        num_classes = getattr(training.features[label_column], "num_classes", None) or int(labels.max()) + 1
+    return Images(pixels, split, labels, training, image_column, label_column, num_classes)
+
+
+def training_batches(images: Images, image_size: int, device: torch.device) -> Iterator[Tensor]:
+    """All images to fit on."""
+    stream = ImageStream(
+        images.training,
+        image_column=images.image_column,
+        label_column=None,
         image_size=image_size,
         augmentation="none",
         shuffle_buffer=1,
         seed=0,
     )
     for batch in ImageLoader(stream, batch_size=BATCH_SIZE, num_workers=0).epoch():
-        yield to_pixel_values(batch["pixels"], device), batch.get("labels")
+        yield to_pixel_values(batch["pixels"], device)
 
 
 def measure(
@@ -237,23 +309,14 @@ def measure(
 
 
 def probe(
-    rival: Autoencoder,
-    settings: EvaluationSettings,
-    image_size: int,
-    label_column: str,
-    num_classes: int,
-    images: Tensor,
-    labels: Tensor,
-    device: torch.device,
+    rival: Autoencoder, training: tuple[Tensor, Tensor], images: Images, device: torch.device
 ) -> dict[str, float]:
-    """Accuracies of classifiers of the latents."""
-    statistic, count = LatentProbe(num_classes), 0
-    for x, y in training_batches(settings, image_size, label_column, device):
-        statistic.fit_update(rival.encode(x), y)
-        count += len(x)
-        if count >= settings.num_probe_images:
-            break
-    for x, y in zip(images.split(BATCH_SIZE), labels.split(BATCH_SIZE), strict=True):
+    """Accuracies of classifiers of the latents, learned from training images and their labels."""
+    num_classes = max(images.num_classes, int(training[1].max()) + 1)
+    statistic = LatentProbe(num_classes)
+    for x, y in zip(*(part.split(BATCH_SIZE) for part in training), strict=True):
+        statistic.fit_update(rival.encode(x.to(device)), y)
+    for x, y in zip(images.test.split(BATCH_SIZE), images.labels.split(BATCH_SIZE), strict=True):
         statistic.update(rival.encode(x.to(device)), y)
     return statistic.compute()
 
@@ -275,29 +338,51 @@ def measure_unseen(rival: Autoencoder, unseen: Tensor, seen: Tensor, device: tor
     return figures
 
 
-def write_metrics(path: Path, settings: EvaluationSettings, results: dict[str, dict[str, Any]], count: int) -> None:
-    """Adds to what train.py wrote there, if it did: the card's figures, and all figures of all rivals."""
-    metrics = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-    metrics |= {entry: results[MODEL][key] for entry, key in CARD_FIGURES.items() if key in results[MODEL]}
-    numbers = {
-        name: getattr(settings, name) for name in ("num_frechet_images", "num_probe_images", "num_unseen_images")
+def write_metrics(
+    path: Path,
+    settings: EvaluationSettings,
+    results: dict[str, dict[str, Any]],
+    images: Images,
+    num_unseen: int,
+    features: VisionFeatures | None,
+) -> None:
+    """Replaces the figures of the same data sets and splits, which the card reads, and all figures of all rivals."""
+    ours = results[MODEL]
+    measured = {
+        "dataset": settings.hub_dataset_id,
+        "split": images.split,
+        "num_images": len(images.test),
+        "measured_by": "training/evaluate.py",
     }
-    metrics |= {"held_out_images": count, "evaluation": numbers | {"results": results}}  # and no name of a local folder
+    figures = {name: ours[name] for name in CARD_FIGURES if name in ours}  # not all of them are measured everywhere
+    figures["mean_image_psnr"] = results["mean image"]["psnr"]
+    records = figure_records(figures, **measured)
+    if features is not None:
+        count = min(settings.num_frechet_images, len(images.test))
+        distances = {name: ours[name] for name in DISTANCES}
+        records += figure_records(distances, **measured | {"num_images": count, "feature_model": features.name})
+    if num_unseen:
+        measured |= {"dataset": settings.unseen_hub_dataset_id, "split": settings.unseen_split}
+        unseen = {name: ours[f"unseen_{name}"] for name in ("psnr", "match")}
+        records += figure_records(unseen, **measured | {"num_images": num_unseen})
+    replaced = {(record["dataset"], record["split"]) for record in records}
+    metrics = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    kept = [figure for figure in metrics.get("figures", []) if (figure["dataset"], figure["split"]) not in replaced]
+    numbers = {name: value for name, value in asdict(settings).items() if name.startswith("num_") or name == "seed"}
+    metrics |= {"figures": kept + records, "evaluation": numbers | {"results": results}}
     path.write_text(json.dumps(metrics, indent=2) + "\n", encoding="utf-8")
 
 
 def draw(
     output_dir: Path,
     autoencoders: dict[str, Autoencoder],
-    images: Tensor,
-    labels: Tensor | None,
-    settings: EvaluationSettings,
+    images: Images,
     image_size: int,
     device: torch.device,
 ) -> None:
     """reconstructions.png, rivals.png, neighbours.png and correlations.png."""
     ours = autoencoders[MODEL]
-    shown = images[:GRID_IMAGES].to(device)
+    shown = images.test[:GRID_IMAGES].to(device)
     save_grid(output_dir / "reconstructions.png", shown.cpu(), ours.decode(ours.encode(shown)).cpu())
 
     rows = {"test images": shown[:SHOWN]}
@@ -308,7 +393,7 @@ def draw(
 
     x = shown[:SHOWN]
     z = ours.encode(x)
-    neighbours, cosines = nearest_training_images(ours, z, settings, image_size, device)
+    neighbours, cosines = nearest_training_images(ours, z, images, image_size, device)
     table = torch.cat([x[:, None], ours.decode(z)[:, None], neighbours], dim=1)
     names = ["image", "reconstruction", *(f"nearest {index + 1}" for index in range(NEIGHBOURS))]
     captions = [["", "", *(f"cos {cosine:.2f}" for cosine in row)] for row in cosines.tolist()]
@@ -316,25 +401,25 @@ def draw(
         table.cpu(), row_labels=[str(index) for index in range(len(x))], column_labels=names, image_labels=captions
     ).savefig(output_dir / "neighbours.png", dpi=120)
 
-    x = images[:MAPPED].to(device)
+    x = images.test[:MAPPED].to(device)
     z = ours.encode(x)
     zh = ours.encode(ours.decode(z))
-    figure = correlation_map(z.cpu(), None if labels is None else labels[:MAPPED], zh.cpu())
+    figure = correlation_map(z.cpu(), None if images.labels is None else images.labels[:MAPPED], zh.cpu())
     figure.savefig(output_dir / "correlations.png", dpi=120)
 
 
 def nearest_training_images(
-    ours: Autoencoder, z: Tensor, settings: EvaluationSettings, image_size: int, device: torch.device
+    ours: Autoencoder, z: Tensor, images: Images, image_size: int, device: torch.device
 ) -> tuple[Tensor, Tensor]:
     """For latents (n, d), the training images with the nearest latents (n, NEIGHBOURS, 3, s, s), and their cosines."""
     cosines = z.new_full((len(z), 0), 0)
-    images = z.new_zeros(len(z), 0, 3, image_size, image_size)
-    for x, _ in training_batches(settings, image_size, None, device):
+    nearest = z.new_zeros(len(z), 0, 3, image_size, image_size)
+    for x in training_batches(images, image_size, device):
         cosines = torch.cat([cosines, z @ ours.encode(x).T], dim=1)
-        images = torch.cat([images, x.expand(len(z), *x.shape)], dim=1)
+        nearest = torch.cat([nearest, x.expand(len(z), *x.shape)], dim=1)
         cosines, best = cosines.topk(min(NEIGHBOURS, cosines.shape[1]), dim=1)
-        images = images[torch.arange(len(z), device=device)[:, None], best]
-    return images, cosines
+        nearest = nearest[torch.arange(len(z), device=device)[:, None], best]
+    return nearest, cosines
 
 
 def print_table(results: dict[str, dict[str, Any]]) -> None:
@@ -348,5 +433,8 @@ def print_table(results: dict[str, dict[str, Any]]) -> None:
 
 
 if __name__ == "__main__":
-    (evaluation_settings,) = HfArgumentParser(EvaluationSettings).parse_args_into_dataclasses()
-    main(evaluation_settings)
+    try:
+        (evaluation_settings,) = HfArgumentParser(EvaluationSettings).parse_args_into_dataclasses()
+        main(evaluation_settings)
+    except (OSError, ValueError) as error:
+        sys.exit(f"{type(error).__name__}: {error}")

@@ -1,18 +1,25 @@
 """What a run keeps: its history, its checkpoints, its held-out figures, and the model folder at the end."""
 
 import json
+import logging
 import os
+import re
 import shutil
 import signal
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Self
 
 import torch
 from accelerate import Accelerator, PartialState
 from accelerate.utils import gather_object
+from diffusers.training_utils import EMAModel
+from safetensors.torch import load_file, save_file
+from settings import FIXED, WITHOUT_INFLUENCE, TrainingSettings
 from stream import ImageLoader, Place
 from torch import Tensor
+from torch.optim import Optimizer
+from warmup import Descent
 
 from ctrl_csc_hf import CtrlCscImageProcessor, CtrlCscModel
 from ctrl_csc_hf.distributed import sum_over_processes
@@ -20,14 +27,20 @@ from ctrl_csc_hf.metrics import nearest_latent_match, peak_signal_to_noise_ratio
 from ctrl_csc_hf.rate_reduction import coding_rate, rate_reduction
 from ctrl_csc_hf.visualization import reconstruction_grid, training_curves
 
+logger = logging.getLogger(__name__)
+
 GRID_IMAGES = 40
 EXAMPLES = 4  # held-out images kept as files, for the widget of a published model
+TENSORS = "training_state.safetensors"  # of a checkpoint, beside the model
+NUMBERS = "training_state.json"
+SETTINGS = "training_args.json"
 
 
 class History:
     """Where a run stands, and what it logged. A checkpoint holds it, with each process's place in its own images.
 
     step: of the game; below 0, the steps that are left before it.
+    changes: settings that were changed when the run was resumed: step, setting, before, after.
     """
 
     def __init__(self, loader: ImageLoader) -> None:
@@ -35,6 +48,7 @@ class History:
         self.loader = loader
         self.places = [loader.place]  # of all processes, when last gathered
         self.records: list[dict[str, float]] = []
+        self.changes: list[dict[str, Any]] = []
 
     def record(self, **figures: float) -> None:
         self.records.append({"step": self.step, **figures})
@@ -49,7 +63,8 @@ class History:
         return sum(place.unreadable for place in self.places)
 
     def state_dict(self) -> dict[str, Any]:
-        return {"step": self.step, "places": [asdict(place) for place in self.places], "records": self.records}
+        places = [asdict(place) for place in self.places]
+        return {"step": self.step, "places": places, "records": self.records, "changes": self.changes}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         processes = PartialState()
@@ -62,8 +77,107 @@ class History:
         lanes, expected = len(place.lanes), self.loader.stream.num_lanes
         if lanes != expected:
             raise ValueError(f"a run on images in {lanes} lanes must be resumed on the same, got images in {expected}")
-        self.step, self.places, self.records = state["step"], places, state["records"]
+        self.step, self.places, self.records, self.changes = state["step"], places, state["records"], state["changes"]
         self.loader.place = place
+
+
+@dataclass
+class TrainingState:
+    """All that a step of the run changes. A checkpoint holds it as safetensors and JSON, the model for AutoModel.
+
+    Schedules are no part of it: they are functions of the step.
+
+    Args:
+        settings: of this run.
+        model: both players.
+        descents: what is learned before the game, by name.
+        optimizers: of the game, by player.
+        ema: average of the weights, or None.
+        history: where the run stands.
+    """
+
+    settings: TrainingSettings
+    model: CtrlCscModel
+    descents: dict[str, Descent]
+    optimizers: dict[str, Optimizer]
+    ema: EMAModel | None
+    history: History
+
+    def save(self, folder: Path) -> None:
+        """On all processes at once: the main one writes all but the states of the others' random generators."""
+        processes = PartialState()
+        save_file(_random_state(), folder / f"random_state_{processes.process_index}.safetensors")
+        if not processes.is_main_process:
+            return
+        self.model.save_pretrained(folder)
+        CtrlCscImageProcessor(image_size=self.model.config.image_size).save_pretrained(folder)
+        tensors = {
+            f"{name}.{parameter}.{moment}": value
+            for name, optimizer in self._all_optimizers().items()
+            for parameter, moments in optimizer.state_dict()["state"].items()
+            for moment, value in moments.items()
+        }
+        if self.ema:
+            tensors |= {f"ema.{index}": parameter for index, parameter in enumerate(self.ema.shadow_params)}
+        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, folder / TENSORS)
+        numbers = {
+            "history": self.history.state_dict(),
+            "descents": {name: descent.done for name, descent in self.descents.items()},
+            "averaged": self.ema.optimization_step if self.ema else None,
+        }
+        _write_json(folder / NUMBERS, numbers)
+        _write_json(folder / SETTINGS, asdict(self.settings))
+
+    def load(self, folder: Path) -> None:
+        """What `save` wrote, but the model, which was built from the folder already; checks the settings.
+
+        Raises:
+            ValueError: for a setting that may not change, with both values.
+        """
+        numbers = json.loads((folder / NUMBERS).read_text(encoding="utf-8"))
+        earlier = json.loads((folder / SETTINGS).read_text(encoding="utf-8"))
+        changes = self._changes(earlier, numbers["history"]["step"])
+        self.history.load_state_dict(numbers["history"])
+        self.history.changes += changes
+        tensors = load_file(folder / TENSORS)
+        states: dict[str, dict[int, dict[str, Tensor]]] = {name: {} for name in self._all_optimizers()}
+        for key, tensor in tensors.items():
+            name, _, rest = key.partition(".")
+            if name in states:
+                parameter, _, moment = rest.partition(".")
+                states[name].setdefault(int(parameter), {})[moment] = tensor
+        for name, optimizer in self._all_optimizers().items():
+            optimizer.load_state_dict({"state": states[name], "param_groups": optimizer.state_dict()["param_groups"]})
+        for name, descent in self.descents.items():
+            descent.done = numbers["descents"][name]
+        if self.ema:
+            self.ema.optimization_step = numbers["averaged"]
+            for index, parameter in enumerate(self.ema.shadow_params):
+                parameter.copy_(tensors[f"ema.{index}"])
+        _restore_random_state(load_file(folder / f"random_state_{PartialState().process_index}.safetensors"))
+
+    def _all_optimizers(self) -> dict[str, Optimizer]:
+        return {name: descent.optimizer for name, descent in self.descents.items()} | self.optimizers
+
+    def _changes(self, earlier: dict[str, Any], step: int) -> list[dict[str, Any]]:
+        """Settings that changed; refuses those that may not."""
+        fixed, changes = set(FIXED), []
+        if self.settings.validation_split is None:
+            fixed |= {"validation_split", "num_validation_images"}  # they choose the training images, too
+        if step >= 0:
+            fixed |= {"energy_warmup_learning_rate", "deconvolution_warmup_learning_rate"}
+        for name, value in asdict(self.settings).items():
+            before = earlier.get(name)
+            if before == value:
+                continue
+            if name in fixed:
+                raise ValueError(
+                    f"{name} must not change when a run is resumed: the checkpoint was made with {before!r}, got "
+                    f"{value!r}; give --{name} as before, or start a new run in another output_dir"
+                )
+            if name not in WITHOUT_INFLUENCE:
+                changes.append({"step": step, "setting": name, "before": before, "after": value})
+        return changes
 
 
 class CatchStop:
@@ -96,25 +210,27 @@ class CatchStop:
             signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
-def save_checkpoint(accelerator: Accelerator, output_dir: Path, history: History, limit: int | None) -> Path:
-    """Writes output_dir/checkpoint-STEP, then removes the oldest beyond `limit`. It is there as a whole or not at all.
+def save_checkpoint(accelerator: Accelerator, output_dir: Path, state: TrainingState) -> Path:
+    """Writes output_dir/checkpoint-STEP, then removes the oldest beyond checkpoints_total_limit. All of it or nothing.
 
     On all processes at once; they share the file system.
 
     Raises:
         OSError: if it cannot be written; earlier ones are as they were.
     """
-    folder = output_dir / f"checkpoint-{history.step}"
+    folder = output_dir / f"checkpoint-{state.history.step}"
     if folder.exists():  # of this very state: the run was resumed from it and has made no step since
         return folder
     unfinished = output_dir / f".{folder.name}.unfinished"
     if accelerator.is_main_process:
         for leftover in output_dir.glob(".checkpoint-*"):  # of a run that was killed
             shutil.rmtree(leftover)
-    history.gather_places()
-    accelerator.wait_for_everyone()
+    state.history.gather_places()
     try:
-        accelerator.save_state(str(unfinished))
+        if accelerator.is_main_process:
+            unfinished.mkdir()
+        accelerator.wait_for_everyone()
+        state.save(unfinished)
         accelerator.wait_for_everyone()
         if accelerator.is_main_process:
             write_through(unfinished)
@@ -124,9 +240,26 @@ def save_checkpoint(accelerator: Accelerator, output_dir: Path, history: History
     if accelerator.is_main_process:
         os.replace(unfinished, folder)
         sync(output_dir)
+        limit = state.settings.checkpoints_total_limit
         for old in checkpoints(output_dir)[: -limit if limit else 0]:
             shutil.rmtree(old)
     return folder
+
+
+def _random_state() -> dict[str, Tensor]:
+    """Of torch's generators of the CPU and, where there is one, of the GPU; nothing draws from others."""
+    state = {"cpu": torch.get_rng_state()}
+    return state | {"cuda": torch.cuda.get_rng_state()} if torch.cuda.is_available() else state
+
+
+def _restore_random_state(state: dict[str, Tensor]) -> None:
+    torch.set_rng_state(state["cpu"])
+    if "cuda" in state and torch.cuda.is_available():
+        torch.cuda.set_rng_state(state["cuda"])
+
+
+def _write_json(path: Path, content: Any) -> None:
+    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
 def write_through(folder: Path) -> None:
@@ -144,8 +277,9 @@ def sync(path: Path) -> None:
 
 
 def checkpoints(output_dir: Path) -> list[Path]:
-    """The checkpoints of a run, oldest first."""
-    return sorted(output_dir.glob("checkpoint-*"), key=lambda folder: int(folder.name.removeprefix("checkpoint-")))
+    """The checkpoints of a run, oldest first; other folders and files may lie beside them."""
+    steps = {path: re.fullmatch(r"checkpoint-(-?\d+)", path.name) for path in output_dir.glob("checkpoint-*")}
+    return sorted((p for p, step in steps.items() if step and p.is_dir()), key=lambda p: int(steps[p][1]))
 
 
 def find_checkpoint(output_dir: Path, wanted: str) -> Path:
@@ -155,7 +289,7 @@ def find_checkpoint(output_dir: Path, wanted: str) -> Path:
         ValueError: if there is none.
     """
     if wanted != "latest":
-        if not Path(wanted).is_dir():
+        if not (Path(wanted) / NUMBERS).is_file():
             raise ValueError(f"resume_from_checkpoint must be a checkpoint folder or 'latest', got {wanted!r}")
         return Path(wanted)
     found = checkpoints(output_dir)
@@ -205,9 +339,15 @@ def save_grid(path: Path, originals: Tensor, reconstructions: Tensor) -> None:
 
 @torch.no_grad()
 def save_model(
-    model: CtrlCscModel, output_dir: Path, history: History, settings: dict[str, Any], held_out: Tensor
+    model: CtrlCscModel, output_dir: Path, state: TrainingState, held_out: Tensor, split: str, mean_image: Tensor
 ) -> None:
-    """The folder that AutoModel and AutoImageProcessor load, with metrics.json, the run's record and pictures."""
+    """The folder that AutoModel and AutoImageProcessor load, with metrics.json, the run's record and pictures.
+
+    Args:
+        model: to be saved.
+        held_out: images (n, C, H, W) of the data set's `split`.
+        mean_image: of training images (C, H, W): a model whose reconstructions are no closer has learned nothing.
+    """
     model.save_pretrained(output_dir)
     shown = held_out[:GRID_IMAGES]
     save_grid(output_dir / "reconstructions.png", shown, model(shown.to(model.device)).reconstruction.cpu())
@@ -216,9 +356,29 @@ def save_model(
     for index, image in enumerate(processor.postprocess(shown[:EXAMPLES])):
         image.save(output_dir / "examples" / f"{index}.png")
     processor.save_pretrained(output_dir)
-    figures = next((r for r in reversed(history.records) if "held_out_psnr" in r), {})
-    metrics = {**figures, "unreadable_images": history.unreadable}
-    (output_dir / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n", encoding="utf-8")
-    (output_dir / "training_args.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+    history, settings = state.history, state.settings
+    last = next(r for r in reversed(history.records) if "held_out_psnr" in r)
+    figures = {name.removeprefix("held_out_"): value for name, value in last.items() if name.startswith("held_out_")}
+    figures["mean_image_psnr"] = peak_signal_to_noise_ratio(held_out, mean_image.expand_as(held_out)).mean().item()
+    if not figures["psnr"] > figures["mean_image_psnr"]:
+        logger.warning(
+            "The model has learned nothing: its reconstructions of the held-out images have %.2f dB, the mean image "
+            "%.2f dB. Longer training, other learning rates or more images may help.",
+            figures["psnr"],
+            figures["mean_image_psnr"],
+        )
+    measured = {"dataset": settings.hub_dataset_id, "split": split, "num_images": len(held_out)}
+    metrics = {
+        "step": history.step,
+        "unreadable_images": history.unreadable,
+        "figures": figure_records(figures, **measured, measured_by="training/train.py"),
+    }
+    _write_json(output_dir / "metrics.json", metrics)
+    _write_json(output_dir / SETTINGS, asdict(settings) | {"changed_on_resume": history.changes})
     (output_dir / "history.json").write_text(json.dumps(history.records) + "\n", encoding="utf-8")
     training_curves(history.records).savefig(output_dir / "training_curve.png", dpi=120)
+
+
+def figure_records(figures: dict[str, float], **measured: Any) -> list[dict[str, Any]]:
+    """Figures as metrics.json holds them: each with what it was measured on, and by which feature model."""
+    return [{"name": name, "value": value, "feature_model": None, **measured} for name, value in figures.items()]

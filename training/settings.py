@@ -5,16 +5,39 @@ from dataclasses import dataclass, field, fields
 from typing import Any
 
 from baselines import ConvolutionalConfig, SquaredErrorLoop
-from transformers import HfArgumentParser, SchedulerType
+from data import hub_id
+from transformers import HfArgumentParser
 
 from ctrl_csc_hf import CtrlCscConfig
 from ctrl_csc_hf.closed_loop import STATISTICS, ClosedLoop, ClosedLoopObjective
+from ctrl_csc_hf.configuration_ctrl_csc import default_stages
 from ctrl_csc_hf.presets import load_preset
 
 # A loss scaler would have to serve two players with one backward pass; bf16 needs none.
 PRECISIONS = ("no", "bf16")
 ENCODERS = {"sparse_coding": CtrlCscConfig, "convolution": ConvolutionalConfig}
 LOOPS = {"closed_loop": ClosedLoop, "squared_error": SquaredErrorLoop}
+# Of transformers' schedules those that need neither a metric nor arguments of their own.
+SCHEDULERS = (
+    "linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup", "inverse_sqrt",
+)  # fmt: skip
+# What a preset says of its data set: another data set has columns and splits of its own.
+OF_THE_DATA_SET = (
+    "dataset_name", "dataset_config_name", "train_split", "validation_split", "image_column", "label_column",
+    "streaming",
+)  # fmt: skip
+# Settings that may not change when a run is resumed: the steps before would have been other ones, or the images' order.
+FIXED = (
+    "dataset_config_name", "deconvolution_warmup_steps", "encoder", "energy_warmup_steps",
+    "pretrained_model_name_or_path", "seed", "shuffle_buffer", "streaming", "train_split", "use_ema",
+)  # fmt: skip
+# Settings without influence on what is learned.
+WITHOUT_INFLUENCE = (
+    "cache_dir", "checkpointing_steps", "checkpoints_total_limit", "dataloader_num_workers", "dataset_name",
+    "gradient_checkpointing", "hub_license", "hub_model_id", "hub_private_repo", "logging_dir", "logging_steps",
+    "max_unreadable_share", "output_dir", "push_to_hub", "report_to", "resolution", "resume_from_checkpoint",
+    "train_data_dir", "validation_split", "validation_steps", "num_validation_images",
+)  # fmt: skip
 
 
 def option(default: Any, help: str, **metadata: Any) -> Any:
@@ -27,18 +50,30 @@ class TrainingSettings:
 
     # Images
     dataset_name: str | None = option(None, "A Hub data set, or a local folder that datasets.load_dataset reads.")
-    dataset_config_name: str | None = option(None, "Its configuration.")
+    dataset_config_name: str | None = option(None, "Name of the data set configuration.")
     train_data_dir: str | None = option(None, "A local folder of images, or of Parquet files.")
+    hub_dataset_id: str | None = option(
+        None, "Hub id of the data set that a local folder is a copy of; the model card names no local data."
+    )
     train_split: str = option("train", "Split to train on.")
     validation_split: str | None = option(
-        None, "Split of the held-out images; by default they are taken from the start of the training split."
+        None,
+        "Split of the held-out images; by default a validation or test split, or else at most a tenth of the "
+        "training split, drawn by the seed.",
     )
-    num_validation_images: int = option(1000, "Number of held-out images.")
-    streaming: bool = option(False, "Stream the data set instead of preparing it on disk.")
+    num_validation_images: int = option(1000, "Number of held-out images, drawn by the seed.")
+    streaming: bool | None = option(
+        None,
+        "Stream the data set instead of preparing it on disk; by default only what dataset_name names.",
+        nargs="?",
+        const=True,
+    )
     shuffle_buffer: int = option(10_000, "Images of a stream that a process keeps in memory to mix them.")
-    image_column: str = option("image", "Column of the images.")
-    label_column: str | None = option("label", "Column of the labels; 'none' if there are none.")
-    resolution: int | None = option(None, "Side of the images in pixels; by default, the preset's.")
+    image_column: str | None = option(None, "Column of the images; by default the only one of images.")
+    label_column: str | None = option(None, "Column of the labels, by default found by its type; 'none' without.")
+    resolution: int | None = option(
+        None, "Side of the images in pixels; another one than the preset's chooses the stages, too."
+    )
     augmentation: str = option("flip", "none, flip, or crop_and_flip.")
     dataloader_num_workers: int = option(0, "Processes that decode images; 0 decodes in the main one.")
     max_unreadable_share: float = option(0.01, "Share of images that may be unreadable; above it, the run stops.")
@@ -84,15 +119,15 @@ class TrainingSettings:
     train_batch_size: int = option(256, "Images a step.")
     encoder_learning_rate: float = option(1.5e-4, "Learning rate of the encoder, and of what the players share.")
     decoder_learning_rate: float = option(5e-4, "Learning rate of the decoder.")
-    lr_scheduler: str = option("linear", f"One of {[kind.value for kind in SchedulerType]}.")
+    lr_scheduler: str = option("linear", f"One of {list(SCHEDULERS)}.")
     lr_warmup_steps: int = option(0, "Steps of linear warm-up.")
     adam_beta1: float = option(0.5, "Decay of Adam's first moments.")
     adam_beta2: float = option(0.999, "Decay of Adam's second moments.")
     use_ema: bool = option(True, "Keep an exponential moving average of both networks; it is what is saved.")
-    ema_decay: float = option(0.999, "Its decay.")
+    ema_decay: float = option(0.999, "Decay of the exponential moving average.")
     mixed_precision: str | None = option(None, "no or bf16; by default, what accelerate launch was told.")
     torch_compile: bool = option(False, "Compile both networks: minutes at the start, a faster step on a GPU.")
-    seed: int = option(0, "Of the initial weights, the order of images and the augmentation.")
+    seed: int = option(0, "Seed of the initial weights, samples, order of images and augmentation.")
 
     # Output
     output_dir: str = option("ctrl-csc-model", "Where everything is written.")
@@ -105,17 +140,22 @@ class TrainingSettings:
     report_to: str = option("tensorboard", "Any tracker of Accelerate, 'all', or 'none'.")
     push_to_hub: bool = option(False, "Upload the result to the Hub.")
     hub_model_id: str | None = option(None, "Repository to upload to; by default, the name of output_dir.")
+    hub_license: str | None = option(None, "Licence of the weights; by default that of the data set's card.")
+    hub_private_repo: bool | None = option(
+        None, "Whether a new repository is private; by default as the data set.", nargs="?", const=True
+    )
 
     def __post_init__(self) -> None:
         if (self.dataset_name is None) == (self.train_data_dir is None):
             raise ValueError(
-                "exactly one of dataset_name and train_data_dir must be given, got "
+                "exactly one of --dataset_name and --train_data_dir must be given, got "
                 f"dataset_name={self.dataset_name!r} and train_data_dir={self.train_data_dir!r}"
             )
-        if self.label_column in ("none", "None"):
-            self.label_column = None
-        if self.objective == "multi" and self.label_column is None:
-            raise ValueError("label_column must name a column for objective='multi', got none")
+        self.hub_dataset_id = hub_id(self.dataset_name) or self.hub_dataset_id
+        if self.streaming is None:
+            self.streaming = self.dataset_name is not None
+        if self.objective == "multi" and self.label_column == "none":
+            raise ValueError("label_column must name a column for objective='multi', got 'none'")
         for name in ("max_train_steps", "train_batch_size", "num_validation_images", "logging_steps",
                      "validation_steps", "checkpointing_steps", "collapse_steps"):  # fmt: skip
             if getattr(self, name) < 1:
@@ -137,7 +177,12 @@ class TrainingSettings:
             raise ValueError(f"mixed_precision must be one of {PRECISIONS}, got {self.mixed_precision!r}")
         if self.checkpoints_total_limit is not None and self.checkpoints_total_limit < 1:
             raise ValueError(f"checkpoints_total_limit must be at least 1, got {self.checkpoints_total_limit!r}")
-        for name, allowed in (("reconstruction_statistics", STATISTICS), ("encoder", ENCODERS), ("loop", LOOPS)):
+        for name, allowed in (
+            ("reconstruction_statistics", STATISTICS),
+            ("encoder", ENCODERS),
+            ("loop", LOOPS),
+            ("lr_scheduler", SCHEDULERS),
+        ):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} must be one of {tuple(allowed)}, got {getattr(self, name)!r}")
         if self.encoder == "convolution" and (self.energy or self.energy_warmup_steps):
@@ -145,6 +190,8 @@ class TrainingSettings:
                 "energy and energy_warmup_steps must be 0 for encoder='convolution', which has none, "
                 f"got {self.energy!r} and {self.energy_warmup_steps!r}"
             )
+        if self.encoder == "convolution" and self.push_to_hub:
+            raise ValueError("push_to_hub must be off for encoder='convolution': only CTRL-CSC models can be published")
         self.closed_loop_objective(num_classes=1)  # wrong weights and names are found before any data is read
 
     def closed_loop_objective(self, num_classes: int | None) -> ClosedLoopObjective:
@@ -178,10 +225,17 @@ def parse_settings(arguments: list[str] | None = None) -> tuple[TrainingSettings
         unknown = set(preset[section]) - allowed
         if unknown:
             raise ValueError(f"{chosen.config}: {section} must hold {sorted(allowed)}, got {sorted(unknown)}")
-    parser.set_defaults(**preset["training"])
+    of_data = {name: value for name, value in preset["training"].items() if name in OF_THE_DATA_SET}
+    parser.set_defaults(**{name: value for name, value in preset["training"].items() if name not in of_data})
     namespace = vars(parser.parse_args(rest))
+    named = namespace["train_data_dir"] or namespace["dataset_name"]
+    if named in (None, of_data.get("dataset_name")):
+        for name, value in of_data.items():
+            if namespace[name] == parser.get_default(name):
+                namespace[name] = value
     settings = TrainingSettings(**{name: namespace[name] for name in known})
     model = preset["model"]
-    if settings.resolution is not None:
+    if settings.resolution not in (None, model.get("image_size")):
+        model = {name: value for name, value in model.items() if name not in default_stages(settings.resolution)}
         model["image_size"] = settings.resolution
     return settings, ENCODERS[settings.encoder](**model)

@@ -132,7 +132,7 @@ class ImageStream(IterableDataset):
         self.dataset = dataset
         self.image_column = image_column
         self.label_column = label_column
-        self.num_classes = getattr(dataset.features.get(label_column), "num_classes", math.inf)
+        self.num_classes = getattr(dataset.features.get(label_column), "num_classes", None)
         self.image_size = image_size
         self.augmentation = augmentation
         self.seed = seed
@@ -257,12 +257,12 @@ class ImageStream(IterableDataset):
         labelled = None if self.label_column is None else np.array(labels, np.int64)
         return Chunk(lane, end, stacked, labelled, unreadable)
 
-
     def _label(self, label: int | None, name: str) -> int:
-        if label is None or not 0 <= label < self.num_classes:
+        if label is None or not 0 <= label < (self.num_classes or math.inf):
+            allowed = f"in [0, {self.num_classes})" if self.num_classes else "of at least 0"
             raise ValueError(
-                f"label_column={self.label_column!r} must hold integers in [0, {self.num_classes}), but {name} has the "
-                f"label {label}: leave such images out, or train without labels (--label_column none)"
+                f"label_column={self.label_column!r} must hold integers {allowed}, but {name} has the label {label}: "
+                "leave such images out of the data set, or do without labels"
             )
         return label
 

@@ -23,6 +23,7 @@ from data import ImageSource, load_images, take_examples
 from matplotlib.figure import Figure
 from torch import Tensor
 
+from ctrl_csc_hf.encoding import find_columns
 from ctrl_csc_hf.metrics import (
     ClosedLoopConsistency,
     FrechetDistance,
@@ -91,16 +92,16 @@ ROWS: dict[str, dict[str, dict[str, Any]]] = {
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Runs rows of the ablation and prints their table.")
     parser.add_argument("--dataset_name", required=True, help="As train.py's.")
-    parser.add_argument("--image_column", default="image", help="As train.py's.")
-    parser.add_argument("--label_column", default="label", help="As train.py's.")
     parser.add_argument("--feature_model", required=True, help="A vision model, for the Fréchet distance.")
     parser.add_argument(
         "--rows", nargs="+", choices=list(ROWS), default=list(ROWS), metavar="ROW", help=f"{list(ROWS)}"
     )
     parser.add_argument("--seeds", nargs="+", type=int, default=[0], help="A run for each of them.")
     parser.add_argument("--num_train_images", type=int, default=25_600, help="Images of the game, whatever the batch.")
-    parser.add_argument("--num_images", type=int, default=5000, help="Test images to measure on, the first ones.")
-    parser.add_argument("--num_probe_images", type=int, default=5000, help="Training images of the linear probe.")
+    parser.add_argument("--num_images", type=int, default=5000, help="Number of test images to measure on.")
+    parser.add_argument(
+        "--num_probe_images", type=int, default=5000, help="Number of training images of the linear probe."
+    )
     parser.add_argument("--output_dir", type=Path, default=Path("sweep"), help="Where everything is written.")
     return parser.parse_args()
 
@@ -144,8 +145,7 @@ def run(row: str, seed: int, arguments: argparse.Namespace) -> dict[str, Any]:
         [
             sys.executable, str(Path(__file__).with_name("train.py")),
             "--config", str(config), "--output_dir", str(folder), "--seed", str(seed), "--report_to", "none",
-            "--dataset_name", arguments.dataset_name, "--image_column", arguments.image_column,
-            "--label_column", arguments.label_column,
+            "--dataset_name", arguments.dataset_name,
         ],
         check=True,
     )  # fmt: skip
@@ -170,22 +170,23 @@ def measure(folder: Path, arguments: argparse.Namespace) -> dict[str, float]:
         consistency.update(output.latents, output.reconstructed_latents)
         distance.update(features(batch), features(output.reconstruction))
         probe.update(output.latents, y)
-    held_out = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
+    metrics = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
+    held_out = {figure["name"]: figure["value"] for figure in metrics["figures"]}
     return {
         **psnr.compute(),
         **consistency.compute(),
         **distance.compute(),
         **probe.compute(),
-        "rate": held_out["held_out_rate"],
-        "rate_reduction": held_out["held_out_rate_reduction"],
+        "rate": held_out["rate"],
+        "rate_reduction": held_out["rate_reduction"],
     }
 
 
 def examples(split: str, count: int, image_size: int, arguments: argparse.Namespace) -> tuple[Tensor, Tensor]:
-    """The first `count` images of a split (n, 3, s, s), pixels in [-1, 1], and their labels (n,)."""
-    columns = {"image_column": arguments.image_column, "label_column": arguments.label_column}
-    source = ImageSource(dataset_name=arguments.dataset_name, split=split, streaming=True, **columns)
-    return take_examples(load_images(source), count, image_size=image_size, **columns)
+    """A uniform sample of the images of a split (n, 3, s, s), pixels in [-1, 1], and their labels (n,)."""
+    rows = load_images(ImageSource(dataset_name=arguments.dataset_name, split=split, streaming=True))
+    image_column, label_column = find_columns(rows.features)
+    return take_examples(rows, count, image_column=image_column, image_size=image_size, label_column=label_column)
 
 
 def folder_of(row: str, seed: int, output_dir: Path) -> Path:

@@ -7,7 +7,7 @@ average of the weights, run.py what a run keeps. `--help` lists the settings.
 import logging
 import os
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import NoReturn
 
@@ -17,12 +17,14 @@ from accelerate import Accelerator
 from accelerate.utils import ProjectConfiguration, set_seed
 from augmentation import augment
 from collapse import COLLAPSED, CollapseWatch, largest_rate
-from data import ImageDataset, ImageSource, hold_out, load_images, take_images, to_pixel_values
+from data import ImageSource, load_splits, take_images, to_pixel_values
 from diffusers.training_utils import EMAModel
 from ema import CALIBRATION_IMAGES, averaged_model, recompute_statistics
+from huggingface_hub import HfApi
 from run import (
     CatchStop,
     History,
+    TrainingState,
     checkpoints,
     find_checkpoint,
     held_out_figures,
@@ -32,16 +34,20 @@ from run import (
 )
 from settings import LOOPS, PRECISIONS, TrainingSettings, parse_settings
 from stream import ImageLoader, ImageStream
+from torch.optim.lr_scheduler import LambdaLR
 from tqdm.auto import tqdm
-from transformers import AutoModel, get_scheduler
+from transformers import AutoModel, PreTrainedConfig, get_scheduler
 from warmup import Descent, deconvolution_error, invert_encoder, sparse_coding_energy
 
 from ctrl_csc_hf import CtrlCscConfig, CtrlCscModel
 from ctrl_csc_hf.closed_loop import player_parameters
-from ctrl_csc_hf.hub import publish
+from ctrl_csc_hf.encoding import find_columns
+from ctrl_csc_hf.hub import publication_terms, publish
 from ctrl_csc_hf.rate_reduction import SMALL_CLASS
 
 logger = logging.getLogger(__name__)
+
+HELD_OUT_SPLITS = ("validation", "valid", "val", "dev", "test")  # in this order, where none is named
 
 
 def main(settings: TrainingSettings, config: CtrlCscConfig) -> Path:
@@ -65,6 +71,10 @@ def main(settings: TrainingSettings, config: CtrlCscConfig) -> Path:
             f"gradient_accumulation_steps must be 1, got {accelerator.gradient_accumulation_steps}: neither coding "
             "rates nor batch norms of a batch are means over its parts; take more processes instead"
         )
+    if settings.push_to_hub and accelerator.is_main_process:  # what the Hub refuses is refused before the first step
+        license, private = publication_terms(settings.hub_dataset_id, settings.hub_license, settings.hub_private_repo)
+        repository = settings.hub_model_id or output_dir.resolve().name
+        repository = HfApi().create_repo(repository, private=private, exist_ok=True).repo_id
     checkpoint = None
     if settings.resume_from_checkpoint:
         checkpoint = find_checkpoint(output_dir, settings.resume_from_checkpoint)
@@ -78,14 +88,13 @@ def main(settings: TrainingSettings, config: CtrlCscConfig) -> Path:
     set_seed(settings.seed)  # the same weights on all processes
 
     # Players f and g
-    if settings.pretrained_model_name_or_path:
-        model = AutoModel.from_pretrained(settings.pretrained_model_name_or_path)
-    else:
-        model = AutoModel.from_config(config)
+    start = checkpoint or settings.pretrained_model_name_or_path
+    model = AutoModel.from_pretrained(start) if start else AutoModel.from_config(config)
+    check_config(model.config, config, settings)
 
     # Images x, each process its own
     set_seed(settings.seed, device_specific=True)
-    stream, held_out, calibration, num_classes = load_data(
+    stream, held_out, held_out_split, calibration = load_data(
         settings, model.config, accelerator.process_index, accelerator.num_processes
     )
     loader = ImageLoader(
@@ -120,7 +129,7 @@ def main(settings: TrainingSettings, config: CtrlCscConfig) -> Path:
     ema = EMAModel(model.parameters(), decay=settings.ema_decay) if settings.use_ema else None
     loop = LOOPS[settings.loop](
         model,
-        settings.closed_loop_objective(num_classes),
+        settings.closed_loop_objective(stream.num_classes),
         *optimizers,
         play=settings.play,
         reconstruction_statistics=settings.reconstruction_statistics,
@@ -130,13 +139,18 @@ def main(settings: TrainingSettings, config: CtrlCscConfig) -> Path:
     history = History(loader)
     if not settings.pretrained_model_name_or_path:
         history.step = -energy.steps - fit.steps  # the game begins at 0
-    accelerator.register_for_checkpointing(
-        model, energy, fit, *optimizers, *schedulers, history, *([ema] if ema else [])
+    state = TrainingState(
+        settings,
+        model,
+        {"energy": energy, "fit": fit},
+        dict(zip(("encoder", "decoder"), optimizers, strict=True)),
+        ema,
+        history,
     )
     if checkpoint:
-        accelerator.load_state(str(checkpoint))
-        if ema:
-            ema.to(accelerator.device)  # accelerate loads it to the CPU, and it stays where it is loaded
+        state.load(checkpoint)
+        for scheduler in schedulers:
+            continue_at(scheduler, max(history.step, 0))
         accelerator.print(f"Resumed from {checkpoint}")
     accelerator.init_trackers("ctrl_csc", config=asdict(settings))
 
@@ -156,7 +170,7 @@ def main(settings: TrainingSettings, config: CtrlCscConfig) -> Path:
         return evaluated
 
     def end_early(exit_code: int) -> NoReturn:
-        checkpoint = save_checkpoint(accelerator, output_dir, history, settings.checkpoints_total_limit)
+        checkpoint = save_checkpoint(accelerator, output_dir, state)
         accelerator.end_training()
         accelerator.print(f"Stopped; go on with --resume_from_checkpoint {checkpoint}")
         sys.exit(exit_code)
@@ -174,7 +188,7 @@ def main(settings: TrainingSettings, config: CtrlCscConfig) -> Path:
         if history.step % settings.logging_steps == 0:
             history.record(loss=loss)
         if history.step < 0 and history.step % settings.checkpointing_steps == 0:
-            save_checkpoint(accelerator, output_dir, history, settings.checkpoints_total_limit)
+            save_checkpoint(accelerator, output_dir, state)
 
     if history.step < 0:
         images = (to_pixel_values(batch["pixels"], accelerator.device) for batch in batches)
@@ -195,7 +209,7 @@ def main(settings: TrainingSettings, config: CtrlCscConfig) -> Path:
         recompute_statistics(model, calibration, settings.train_batch_size)
         if ema:
             ema.step(model.parameters())  # the first one copies
-        save_checkpoint(accelerator, output_dir, history, settings.checkpoints_total_limit)
+        save_checkpoint(accelerator, output_dir, state)
 
     # The game
     progress = tqdm(
@@ -242,7 +256,7 @@ def main(settings: TrainingSettings, config: CtrlCscConfig) -> Path:
             if is_due and accelerator.is_main_process:
                 evaluate()
             if history.step % settings.checkpointing_steps == 0:
-                save_checkpoint(accelerator, output_dir, history, settings.checkpoints_total_limit)
+                save_checkpoint(accelerator, output_dir, state)
             images = len(pixel_values) * accelerator.num_processes
             largest = largest_rate(images, model.config.latent_dim, settings.distortion)
             if advice := collapse.notice(shown["rate"], largest):
@@ -259,59 +273,72 @@ def main(settings: TrainingSettings, config: CtrlCscConfig) -> Path:
     history.gather_places()
     progress.close()
     if accelerator.is_main_process:
-        save_model(evaluate(), output_dir, history, asdict(settings), held_out)
+        save_model(evaluate(), output_dir, state, held_out, held_out_split, calibration.mean(dim=0))
         if history.unreadable:
             print(f"{history.unreadable} unreadable images were skipped")
         print(f"Model, image processor and metrics.json are in {output_dir}")
         if settings.push_to_hub:
-            print(f"Published as {publish(output_dir, settings.hub_model_id or output_dir.resolve().name)}")
+            print(f"Published as {publish(output_dir, repository, license=license, private=private)}")
     accelerator.wait_for_everyone()
     accelerator.end_training()
     return output_dir
 
 
+def check_config(config: CtrlCscConfig, expected: CtrlCscConfig, settings: TrainingSettings) -> None:
+    """Refuses what the preset and the flags say of the model, where a checkpoint says something else.
+
+    Raises:
+        ValueError: for a value that differs, and for images that are not RGB.
+    """
+    if config.num_channels != 3:
+        raise ValueError(f"num_channels must be 3, as images are read as RGB, got {config.num_channels}")
+    if settings.pretrained_model_name_or_path:  # of which no preset says anything
+        if settings.resolution not in (None, config.image_size):
+            raise ValueError(
+                f"resolution must be {config.image_size} or be left out, as "
+                f"{settings.pretrained_model_name_or_path} has it, got {settings.resolution}"
+            )
+        return
+    common = {field.name for field in fields(PreTrainedConfig)}
+    for name in (field.name for field in fields(config) if field.name not in common):
+        value, wanted = (list(v) if isinstance(v := getattr(c, name), tuple) else v for c in (config, expected))
+        if value != wanted and name != "denoising_sparsity":
+            raise ValueError(f"{name} must be {value!r}, as the checkpoint has it, got {wanted!r}")
+
+
 def load_data(
     settings: TrainingSettings, config: CtrlCscConfig, rank: int, world_size: int
-) -> tuple[ImageStream, torch.Tensor, torch.Tensor, int | None]:
-    """The stream of training images, held-out images, images to calibrate batch norms on, the number of classes."""
+) -> tuple[ImageStream, torch.Tensor, str, torch.Tensor]:
+    """The stream of training images, held-out images and their split, images to calibrate batch norms on.
 
-    label_column = settings.label_column if settings.objective == "multi" else None
-
-    def load(split: str) -> ImageDataset:
-        return load_images(
-            ImageSource(
-                dataset_name=settings.dataset_name,
-                dataset_config_name=settings.dataset_config_name,
-                train_data_dir=settings.train_data_dir,
-                split=split,
-                streaming=settings.streaming,
-                image_column=settings.image_column,
-                label_column=label_column,
-                cache_dir=settings.cache_dir,
-            )
-        )
-
-    images = load(settings.train_split)
-    if settings.validation_split:
-        held_out_images = load(settings.validation_split)
-    else:
-        images, held_out_images = hold_out(images, settings.num_validation_images, image_column=settings.image_column)
-    form = {"image_column": settings.image_column, "image_size": config.image_size}
-    held_out = take_images(held_out_images, settings.num_validation_images, **form)
-    calibration = take_images(images, CALIBRATION_IMAGES, **form)
-    num_classes = None
-    if label_column is not None:
-        num_classes = getattr(images.features[label_column], "num_classes", None)
-        if num_classes is None:
-            raise ValueError(f"label_column={label_column!r} must be of the type ClassLabel for objective='multi'")
-        if settings.train_batch_size < SMALL_CLASS * num_classes:
-            logger.warning(
-                "A batch of %d images has fewer than %d a class: the sum over %d classes swamps the rest of the "
-                "objective 'multi'",
-                settings.train_batch_size,
-                SMALL_CLASS,
-                num_classes,
-            )
+    The configuration gets the names of the classes, where the data set has them.
+    """
+    source = ImageSource(
+        dataset_name=settings.dataset_name,
+        dataset_config_name=settings.dataset_config_name,
+        train_data_dir=settings.train_data_dir,
+        split=settings.train_split,
+        streaming=settings.streaming,
+        image_column=settings.image_column,
+        label_column=settings.label_column,
+        cache_dir=settings.cache_dir,
+    )
+    images, held_out_images, split = load_splits(
+        source,
+        settings.validation_split,
+        settings.num_validation_images,
+        seed=settings.seed,
+        preferred=HELD_OUT_SPLITS,
+    )
+    image_column, label_column = find_columns(images.features, settings.image_column, settings.label_column)
+    if names := getattr(images.features.get(label_column), "names", None):
+        config.id2label = dict(enumerate(names))
+        config.label2id = {name: index for index, name in enumerate(names)}
+    if settings.objective != "multi":
+        label_column = None
+    form = {"image_column": image_column, "image_size": config.image_size}
+    held_out = take_images(held_out_images, settings.num_validation_images, seed=settings.seed, **form)
+    calibration = take_images(images, CALIBRATION_IMAGES, seed=settings.seed, **form)
     stream = ImageStream(
         images,
         label_column=label_column,
@@ -322,8 +349,31 @@ def load_data(
         world_size=world_size,
         **form,
     )
-    return stream, held_out, calibration, num_classes
+    if settings.objective == "multi":
+        if stream.num_classes is None:
+            raise ValueError(f"label_column must be of the type ClassLabel for objective='multi', got {label_column!r}")
+        if settings.train_batch_size < SMALL_CLASS * stream.num_classes:
+            logger.warning(
+                "A batch of %d images has fewer than %d a class: the sum over %d classes swamps the rest of the "
+                "objective 'multi'",
+                settings.train_batch_size,
+                SMALL_CLASS,
+                stream.num_classes,
+            )
+    return stream, held_out, split, calibration
+
+
+def continue_at(scheduler: LambdaLR, step: int) -> None:
+    """Brings a schedule to a step: it is a function of the step and of the settings."""
+    scheduler.last_epoch = step
+    for group, rate, factor in zip(
+        scheduler.optimizer.param_groups, scheduler.base_lrs, scheduler.lr_lambdas, strict=True
+    ):
+        group["lr"] = rate * factor(step)
 
 
 if __name__ == "__main__":
-    main(*parse_settings())
+    try:
+        main(*parse_settings())
+    except (OSError, ValueError, FloatingPointError) as error:
+        sys.exit(f"{type(error).__name__}: {error}")

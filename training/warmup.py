@@ -6,7 +6,6 @@ against an encoder that moves on.
 
 import math
 from collections.abc import Callable, Iterator
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -36,20 +35,24 @@ def deconvolution_error(model: CtrlCscModel, images: Tensor) -> Tensor:
 
 
 class Descent:
-    """Adam on the batch's mean of a loss, with a learning rate that falls to zero. A checkpoint holds where it stands.
+    """Adam on the mean of a loss over a batch, with a learning rate that falls to zero linearly.
 
     Args:
-        loss: one of the two above, of images each; what it does not depend on stays as it is.
+        loss: one of the two above, of each image; parameters without a gradient are not changed.
         model: whose parameters are learned.
-        steps, learning_rate: of Adam.
+        steps: number of steps.
+        learning_rate: of the first step.
+
+    Attributes:
+        done: number of steps made.
     """
 
     def __init__(
         self, loss: Callable[[CtrlCscModel, Tensor], Tensor], model: CtrlCscModel, steps: int, learning_rate: float
     ) -> None:
         self.loss, self.model, self.steps, self.done = loss, model, steps, 0
+        self.learning_rate = learning_rate
         self.optimizer = torch.optim.Adam(model.parameters(), learning_rate)
-        self.schedule = torch.optim.lr_scheduler.LinearLR(self.optimizer, 1.0, 0.0, max(steps, 1))
 
     def run(
         self,
@@ -90,9 +93,10 @@ class Descent:
                 shown = sum_over_processes(mean_loss.detach()).item()
                 if not math.isfinite(shown):
                     raise FloatingPointError(f"the {name} is {shown}")
+                for group in self.optimizer.param_groups:
+                    group["lr"] = self.learning_rate * (1 - self.done / self.steps)
                 self.optimizer.step()
                 self.optimizer.zero_grad(set_to_none=True)
-                self.schedule.step()
                 self.model.project_parameters()
                 self.done += 1
                 progress.update()
@@ -102,18 +106,6 @@ class Descent:
                     return False
         self.optimizer.state.clear()  # of no use to the checkpoints of the game
         return True
-
-    def state_dict(self) -> dict[str, Any]:
-        return {
-            "done": self.done,
-            "optimizer": self.optimizer.state_dict(),
-            "schedule": self.schedule.state_dict(),
-        }
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.done = state["done"]
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.schedule.load_state_dict(state["schedule"])
 
 
 @torch.no_grad()

@@ -44,6 +44,7 @@ class VisionFeatures:
         self.head = _take_head(model) if self.is_classifier else nn.Identity()
         self.model, self.head = model.eval().to(device), self.head.eval().to(device)
         self.image_size, self.device = image_size, device
+        self.name = f"a local {type(model).__name__}" if Path(model_name_or_path).exists() else str(model_name_or_path)
         self.mean, self.std = _normalisation(model_name_or_path)
 
     @torch.no_grad()
