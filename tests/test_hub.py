@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -12,7 +13,8 @@ import torch
 import transformers
 from conftest import TRAINING
 from diffusers import DiffusionPipeline
-from hub_server import Blob, HubServer
+from hub_server import Blob, HubServer, Repository
+from huggingface_hub import ModelCard
 from packaging.version import Version
 from PIL import Image
 from safetensors.torch import load_file, save_file
@@ -266,7 +268,7 @@ def publisher(
     """The command, in a process of its own: the client reads its environment on import."""
     command = str(Path(sys.executable).parent / "ctrl-csc")
     return subprocess.Popen(
-        [command, "publish", str(checkpoint), "--repo_id", name, *terms, *flags],
+        [command, "publish", "--model", str(checkpoint), "--repo_id", name, *terms, *flags],
         env={**os.environ, **server.environment(checkpoint.parent / "publisher")},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -364,9 +366,169 @@ def test_a_name_alone_is_the_accounts_and_the_card_tells_it_whole(tmp_path: Path
     trained_model(False, "batch_norm").save_pretrained(tmp_path / "checkpoint")
     with HubServer() as server:
         for _ in range(2):  # created, and found
-            assert publish(server, tmp_path / "checkpoint", "name", "--private").endswith("/tester/name")
+            assert publish(server, tmp_path / "checkpoint", "name", terms=("--license=mit", "--private")).endswith(
+                "/tester/name"
+            )
         assert server.repositories["tester/name"].private
         assert b'AutoModel.from_pretrained("tester/name", trust_remote' in server.files("tester/name")["README.md"]
+
+
+TERMS_OF = """
+import sys
+from ctrl_csc_hf.hub import publication_terms
+try:
+    print(publication_terms(*eval(sys.argv[1])))
+except ValueError as error:
+    print(error)
+"""
+FLAGS = r"license \(--license or --hub_license\)", r"private \(--private, --public or --hub_private_repo\)"
+
+
+@pytest.mark.parametrize(("arguments", "expected"), [
+    (("org/open", None, None), r"\('cc-by-4.0', False\)"),
+    (("org/gated", None, None), r"\('other', True\)"),
+    (("org/private", None, None), r"\('mit', True\)"),
+    (("org/private", "gpl-3.0", False), r"\('gpl-3.0', False\)"),  # what is given holds
+    (("org/unknown", None, None), f"{FLAGS[0]} must be given, as the data set org/unknown has the licence 'unknown'"),
+    (("org/several", None, True), rf"{FLAGS[0]} must be given, .* has the licence \['mit', 'other'\]"),
+    (("org/bare", None, None), f"{FLAGS[0]} must be given, as the data set org/bare has the licence None"),
+    (("org/unknown", "mit", None), r"\('mit', False\)"),
+    ((None, "mit", True), r"\('mit', True\)"),
+    ((None, None, None), f"{FLAGS[0]} and {FLAGS[1]} must be given to publish a model of local data"),
+    ((None, "mit", None), f"{FLAGS[1]} must be given to publish a model of local data"),
+    ((None, None, True), f"{FLAGS[0]} must be given to publish a model of local data"),
+])  # fmt: skip
+def test_licence_and_visibility_are_the_data_sets_or_asked_for(
+    arguments: tuple, expected: str, data_sets: HubServer, tmp_path: Path
+) -> None:
+    environment = {**os.environ, **data_sets.environment(tmp_path / "cache")}
+    command = [sys.executable, "-c", TERMS_OF, repr(arguments)]
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    assert re.fullmatch(expected, result.stdout.strip()), result.stdout
+
+
+@pytest.fixture(scope="module")
+def data_sets():
+    with HubServer() as server:
+        server.datasets |= {
+            "org/open": {"cardData": {"license": "cc-by-4.0"}},
+            "org/gated": {"cardData": {"license": "other"}, "gated": "manual"},
+            "org/private": {"cardData": {"license": "mit"}, "private": True},
+            "org/unknown": {"cardData": {"license": "unknown"}},
+            "org/several": {"cardData": {"license": ["mit", "other"]}},
+            "org/bare": {},
+        }
+        yield server
+
+
+def test_a_model_of_local_data_is_published_by_explicit_terms_alone(tmp_path: Path) -> None:
+    trained_model(False, "batch_norm").save_pretrained(tmp_path / "checkpoint")
+    with HubServer() as server:
+        process = publisher(server, tmp_path / "checkpoint", terms=())
+        _, errors = process.communicate()
+        assert process.returncode == 1 and not server.repositories
+        assert re.fullmatch(f"Error: {FLAGS[0]} and {FLAGS[1]} must be given .*\n", errors)
+
+
+def test_a_model_follows_its_data_set_into_privacy_but_into_no_public_repository(tmp_path: Path) -> None:
+    checkpoint = a_checkpoint(tmp_path / "checkpoint", trained_model(False, "batch_norm"))
+    with HubServer() as server:
+        server.datasets["uoft-cs/cifar10"] = {"cardData": {"license": "cc-by-nc-4.0"}, "gated": "auto"}
+        publish(server, checkpoint, terms=())
+        assert server.repositories["org/name"].private
+        assert b"\nlicense: cc-by-nc-4.0\n" in server.files("org/name")["README.md"]
+        server.repositories["org/public"] = Repository("org/public", private=False)
+        server.repositories["org/public"].commit({})
+        process = publisher(server, checkpoint, "org/public", terms=())
+        _, errors = process.communicate()
+        assert process.returncode == 1 and not server.files("org/public")
+        assert "Error: private is True, but the repository org/public is public" in errors
+
+
+PUSH = """
+import sys, torch
+from diffusers import DiffusionPipeline
+pipe = DiffusionPipeline.from_pretrained("org/name", trust_remote_code=True)
+pipe.push_to_hub("org/copy", private=True, commit_message="A copy")
+pipe.save_pretrained(sys.argv[1], push_to_hub=True, repo_id="org/saved")
+with torch.no_grad():
+    pipe.model.decoder.output_bias.add_(1)
+pipe.push_to_hub("org/name")
+assert "ctrl_csc_hf" not in sys.modules
+"""
+
+
+@needs_downloaded_code
+def test_a_pipeline_from_the_hub_is_pushed_without_the_package_with_its_card_while_the_weights_are_its(
+    tmp_path: Path,
+) -> None:
+    checkpoint = a_checkpoint(tmp_path / "checkpoint", trained_model(True, "batch_norm"))
+    LatentSampler(torch.ones(1), torch.zeros(1, 6), [torch.eye(6)]).save_pretrained(checkpoint / "sampler")
+    with HubServer() as server:
+        publish(server, checkpoint)
+        published = server.files("org/name")
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", **server.environment(tmp_path / "cache")}
+        command = [sys.executable, "-c", WITHOUT_THE_PACKAGE + PUSH, str(tmp_path / "saved")]
+        result = subprocess.run(command, env=environment, capture_output=True, text=True)
+        assert result.returncode == 0, result.stderr
+        assert server.files("org/copy") == server.files("org/saved") == published
+        assert server.repositories["org/copy"].private
+        assert files(tmp_path / "saved").keys() | {".gitattributes"} == published.keys()
+        changed = {name for name, content in server.files("org/name").items() if published[name] != content}
+        assert changed == {"model.safetensors"}  # the card of the repository itself stays
+    open_all_doors(str(tmp_path / "saved"), tmp_path, CtrlCscModel.from_pretrained(checkpoint).eval(), {})
+
+
+# As huggingface.js builds them for the page of a model, packages/tasks/src/model-libraries-snippets.ts.
+SNIPPETS = {
+    "transformers": """
+# Use a pipeline as a high-level helper
+from transformers import pipeline
+
+pipe = pipeline("{tag}", model="{id}", trust_remote_code=True)
+""",
+    "AutoModel": """
+# Load model directly
+from transformers import AutoModel
+model = AutoModel.from_pretrained("{id}", trust_remote_code=True, device_map="auto")
+""",
+    "AutoImageProcessor": """
+# Load model directly
+from transformers import AutoImageProcessor, AutoModel
+
+processor = AutoImageProcessor.from_pretrained("{id}", trust_remote_code=True)
+model = AutoModel.from_pretrained("{id}", trust_remote_code=True, device_map="auto")
+""",
+}
+
+
+def test_the_snippets_that_the_hub_shows_run_without_the_package_and_the_pipeline_gives_latents(
+    tmp_path: Path,
+) -> None:
+    model = trained_model(False, "batch_norm")
+    folder = export(model, tmp_path / "repository")
+    card = ModelCard.load(folder / "README.md").data
+    # With another library, or its tag, the Hub shows other snippets; custom_code follows from auto_map.
+    assert card.library_name == "transformers" and "diffusers" not in card.tags
+    assert "auto_map" in json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    picture = CtrlCscImageProcessor(image_size=8).postprocess(torch.rand(1, 3, 8, 8) * 2 - 1)[0]
+    picture.save(tmp_path / "image.png")
+    chosen = ["transformers", "AutoModel"]
+    if Version(transformers.__version__) >= Version("5.18"):
+        chosen.append("AutoImageProcessor")
+    code = "".join(SNIPPETS[name].format(tag=card.pipeline_tag, id=folder) for name in chosen)
+    code += f"import json; print(json.dumps(pipe({str(tmp_path / 'image.png')!r})))"
+    result = subprocess.run(
+        [sys.executable, "-c", WITHOUT_THE_PACKAGE + code],
+        env={**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "cache")},
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode == 0, result.stderr
+    pixel_values = CtrlCscImageProcessor(image_size=8)(picture, return_tensors="pt").pixel_values
+    with torch.no_grad():
+        expected = model.encode(pixel_values).latents
+    torch.testing.assert_close(torch.tensor(json.loads(result.stdout)), expected, atol=1e-6, rtol=0)
 
 
 def test_train_publishes_what_it_trained(tiny_preset: Path, image_folder: Path, tmp_path: Path) -> None:

@@ -216,6 +216,16 @@ def test_images_are_the_decoded_latents_of_the_sampler_whatever_the_batches(pipe
     assert len(alone) == 1 and alone[0].size == (8, 8)
 
 
+def test_a_class_is_chosen_by_its_name_too(pipe: CtrlCscPipeline, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pipe.model.config, "id2label", {0: "car", 1: "ship"})
+    by_name, by_number = (pipe.sample(2, label=label, generator=seeded(0), output_type="pt") for label in ("ship", 1))
+    assert torch.equal(by_name, by_number)
+    with pytest.raises(ValueError, match=r"label must be a number or one of \['car', 'ship'\], got 'boat'"):
+        pipe.sample(label="boat")
+    with pytest.raises(ValueError, match=r"label must be one of \[0, 1\], got 2"):
+        pipe.sample(label=2)
+
+
 def test_a_pipeline_without_a_sampler_says_so_and_names_what_is_wrong_else(pipe: CtrlCscPipeline) -> None:
     bare = CtrlCscPipeline(pipe.model, pipe.image_processor)
     with pytest.raises(ValueError, match=r"sampler must be a LatentSampler, .* got None"):
@@ -277,7 +287,7 @@ def test_a_repository_with_a_sampler_gives_its_samples_elsewhere_without_the_pac
 def test_an_exported_folder_serves_as_a_checkpoint_again(pipe: CtrlCscPipeline, tmp_path: Path) -> None:
     first = export(pipe.model, tmp_path / "first", sampler=pipe.sampler)
     again = export(pipe.model, tmp_path / "again", checkpoint=first)
-    assert files(again) == files(first) and "sampler/sampling.py" in files(first)
+    assert files(again) == files(first) and "sampler/sampling_ctrl_csc.py" in files(first)
 
 
 @pytest.mark.parametrize(("flags", "labels"), [(["--label_column", "label"], [0, 1]), ([], None)])
@@ -286,7 +296,7 @@ def test_the_command_writes_a_sampler_beside_the_model(
 ) -> None:
     pipe.model.save_pretrained(tmp_path)
     pipe.image_processor.save_pretrained(tmp_path)
-    command = ["fit-sampler", str(tmp_path), "--dataset_name", str(image_folder), *flags]
+    command = ["fit-sampler", "--model", str(tmp_path), "--dataset_name", str(image_folder), *flags]
     result = CliRunner().invoke(app, command)
     assert result.exit_code == 0, result.output
     written = LatentSampler.from_pretrained(tmp_path / "sampler")
