@@ -1,8 +1,8 @@
 """Inference Endpoints: reconstructs, encodes and interpolates images by the model beside this file.
 
 In, as JSON: {"inputs": IMAGE or [IMAGE, ...], "parameters": {"task": "reconstruct" | "encode" | "interpolate",
-"num_steps": 8}}, where IMAGE is base64 or a data URI; or the bytes of one image, as the Hub's image-to-image widget
-sends them. Out: {"images": [base64 PNG, ...]}, or {"latents": [[...], ...]} for "encode", or one PIL image where
+"num_steps": 8}}, where IMAGE is base64 or a data URI; or the bytes of one image, as the widgets of Inference Endpoints
+send them. Out: {"images": [base64 PNG, ...]}, or {"latents": [[...], ...]} for "encode", or one PIL image where
 bytes came in. What cannot be answered gives {"error": "one line"}.
 """
 

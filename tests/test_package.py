@@ -1,5 +1,6 @@
 """The package as it is installed: its wheel, what it needs, and what importing it brings along."""
 
+import ast
 import os
 import re
 import subprocess
@@ -66,7 +67,7 @@ def test_the_wheel_holds_types_presets_and_metrics(wheel: Path) -> None:
     assert "ctrl_csc_hf/py.typed" in names
     assert {"ctrl_csc_hf/metrics/__init__.py", "ctrl_csc_hf/metrics/psnr/psnr.py"} <= set(names)
     assert "ctrl_csc_hf/presets/cifar10.yaml" in names
-    assert not [name for name in names if not name.startswith(("ctrl_csc_hf/", "ctrl_csc_hf-"))]
+    assert not [name for name in names if not name.startswith(("ctrl_csc_hf/", "ctrl_csc_hf-", "ctrl_csc_cli.py"))]
 
 
 def test_the_wheel_imports_and_runs_readmes_first_block_with_the_core_dependencies_alone(
@@ -77,6 +78,9 @@ def test_the_wheel_imports_and_runs_readmes_first_block_with_the_core_dependenci
     lookup = "import ctrl_csc_hf.presets as p; assert 'cifar10' in p.preset_names(); print(ctrl_csc_hf.__file__)"
     where = run(core_python, f"import ctrl_csc_hf\n{check}\n{lookup}", tmp_path)
     assert "core" in where and str(ROOT) not in where
+    versions = "import ctrl_csc_hf, ctrl_csc_cli; print(ctrl_csc_hf.__version__); ctrl_csc_cli.app(['--version'])"
+    first, second = run(core_python, versions, tmp_path).splitlines()
+    assert second == f"ctrl-csc-hf {first}" and first == metadata.version("ctrl-csc-hf")
     assert "torch.Size([1, 128])" in run(core_python, block, tmp_path)
     for name in EXTRAS_ONLY:
         assert "None" in run(core_python, f"import importlib.util; print(importlib.util.find_spec({name!r}))", tmp_path)
@@ -90,6 +94,31 @@ def test_importing_adds_nothing_of_the_extras(tmp_path: Path) -> None:
         f"print([name for name in {EXTRAS_ONLY} if name in set(sys.modules) - before])"
     )
     assert run(Path(sys.executable), code, tmp_path).strip() == "[]"
+
+
+def text_without_encoding(code: str) -> list[int]:
+    """Lines whose calls read or write text in the locale's encoding."""
+    calls = [node for node in ast.walk(ast.parse(code)) if isinstance(node, ast.Call)]
+    lines = []
+    for call in calls:
+        function = ast.unparse(call.func)
+        name, keywords = function.rsplit(".", 1)[-1], {keyword.arg: keyword.value for keyword in call.keywords}
+        if name not in ("read_text", "write_text", "open") or function in ("Image.open", "os.open"):
+            continue
+        modes = call.args[name == function :][:1] if name == "open" else []  # the builtin's first argument is a path
+        mode = keywords.get("mode", modes[0] if modes else None)
+        if "encoding" not in keywords and "b" not in getattr(mode, "value", ""):
+            lines.append(call.lineno)
+    return lines
+
+
+def test_text_files_are_read_and_written_as_utf_8_whatever_the_locale() -> None:
+    wrong = ["path.read_text()", "path.write_text(text)", "open(path)", "open(path, 'w')", "path.open(mode='a')"]
+    right = ["path.read_text(encoding='utf-8')", "open(path, 'rb')", "path.open('wb')", "Image.open(path)"]
+    assert text_without_encoding("\n".join(wrong + right)) == [1, 2, 3, 4, 5]
+    for folder in ("src", "training", "model_cards", "spaces", "benchmarks"):
+        for path in (ROOT / folder).rglob("*.py"):
+            assert not text_without_encoding(path.read_text(encoding="utf-8")), path
 
 
 def test_lower_bounds_are_the_ones_that_were_tried() -> None:
