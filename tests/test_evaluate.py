@@ -6,10 +6,11 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import datasets
 import numpy as np
 import pytest
 import torch
-from conftest import load_script
+from conftest import load_script, random_image
 from PIL import Image
 from sklearn.decomposition import PCA
 from transformers import ResNetConfig, ResNetForImageClassification
@@ -66,43 +67,57 @@ def test_evaluation_measures_the_model_and_its_rivals_on_the_same_images(
         settings(
             model=str(model),
             rivals=[f"ordinary convolutions={convolutional}"],
-            diffusers_autoencoders=[kl],
+            diffusers_autoencoders=[f"kl={kl}"],
             feature_model=classifier(tmp_path / "resnet"),
             feature_size=32,
             unseen_dataset_name=str(image_folder),
             unseen_split="train",
+            unseen_hub_dataset_id="org/unseen",
             num_unseen_images=20,
             output_dir=str(model),
         )
     )
-    assert list(results) == ["CTRL-CSC", "ordinary convolutions", kl, "PCA, 8 numbers", "mean image"]
+    assert list(results) == ["CTRL-CSC", "ordinary convolutions", "kl", "PCA, 8 numbers", "mean image"]
     table = capsys.readouterr().out
     assert "|  | CTRL-CSC | ordinary convolutions |" in table
     assert f"| psnr | {results['CTRL-CSC']['psnr']:.4g} |" in table
 
     saved = json.loads((model / "metrics.json").read_text(encoding="utf-8"))
     assert saved["evaluation"]["results"] == results
-    assert saved["held_out_psnr"] == results["CTRL-CSC"]["psnr"]
-    assert saved["held_out_images"] == 40
-    assert written_by_train.keys() < saved.keys()
+    assert written_by_train.keys() < saved.keys() and saved["step"] == written_by_train["step"]
+    assert not any(str(folder) in json.dumps(saved) for folder in (tmp_path, image_folder))
+    unseen = {figure["name"]: figure for figure in saved["figures"] if figure["dataset"]}
+    assert unseen["psnr"]["value"] == results["CTRL-CSC"]["unseen_psnr"] and unseen.keys() == {"psnr", "match"}
+    assert (unseen["psnr"]["dataset"], unseen["psnr"]["num_images"]) == ("org/unseen", 20)
+    figures = {figure["name"]: figure for figure in saved["figures"] if figure["dataset"] is None}
+    measured = {"dataset": None, "split": "train", "measured_by": "training/evaluate.py"}
+    assert len(saved["figures"]) == len(figures) + len(unseen)  # those of train.py, of the same images, are replaced
+    assert figures["psnr"] == measured | {
+        "name": "psnr", "value": results["CTRL-CSC"]["psnr"], "num_images": 8, "feature_model": None
+    }  # fmt: skip
+    assert figures["frechet_distance"] == measured | {
+        "name": "frechet_distance", "value": results["CTRL-CSC"]["frechet_distance"], "num_images": 6,
+        "feature_model": "a local ResNetForImageClassification",
+    }  # fmt: skip
+    assert figures["mean_image_psnr"]["value"] == results["mean image"]["psnr"]
     for name in ("reconstructions", "rivals", "neighbours", "correlations"):
         assert Image.open(model / f"{name}.png").width > 100
 
-    from data import take_images
-
-    images = take_images(evaluate.source(settings(model=""), "train", None), 80, image_column="image", image_size=16)
-    pixels = images.flatten(1).double().numpy()
+    # The 8 images that train.py held out are measured on, the other 72 are fitted.
+    images = evaluate.load_data(settings(model=str(model)), 16)
+    assert len(images.test) == 8
+    fitted = torch.cat(list(evaluate.training_batches(images, 16, torch.device("cpu"))))
+    assert len(fitted) == 72 and torch.cdist(fitted.flatten(1), images.test.flatten(1)).min() > 0.1
+    pixels, measured_on = (part.flatten(1).double().numpy() for part in (fitted, images.test))
     pca = PCA(8).fit(pixels)
-    error = pixels[:40] - pca.inverse_transform(pca.transform(pixels[:40])).clip(-1, 1)
+    error = measured_on - pca.inverse_transform(pca.transform(measured_on)).clip(-1, 1)
     expected = np.mean(10 * np.log10(4 / (error**2).mean(axis=1)))
     assert results["PCA, 8 numbers"]["psnr"] == pytest.approx(expected, abs=0.01)
-    error = pixels[:40] - pixels.mean(axis=0)
+    error = measured_on - pixels.mean(axis=0)
     assert results["mean image"]["psnr"] == pytest.approx(np.mean(10 * np.log10(4 / (error**2).mean(axis=1))), abs=0.01)
-    assert results["PCA, 8 numbers"]["match@40"] > 0.9
+    assert results["PCA, 8 numbers"]["match@8"] > 0.9
     assert results["PCA, 8 numbers"]["frechet_distance"] < results["mean image"]["frechet_distance"]
-    # The unseen images are the first of the seen ones here.
-    for figures in results.values():
-        assert figures["unseen_psnr"] == figures["seen_psnr"]
+    assert all("unseen_psnr" in figures and "seen_psnr" in figures for figures in results.values())
     assert "nonzero_1" in results["CTRL-CSC"] and "nonzero_1" not in results["ordinary convolutions"]
     assert (
         "rate" in results["CTRL-CSC"] and "rate" not in results["PCA, 8 numbers"]
@@ -121,17 +136,62 @@ def test_the_nearest_training_images_of_training_images_are_themselves(
     evaluate: ModuleType, settings: Callable[..., Any], train: Callable[..., Path]
 ) -> None:
     from autoencoders import autoencoder, load_model
-    from data import take_images
 
-    options = settings(model="")
-    ours = autoencoder(load_model(str(train("--max_train_steps", "1")), "cpu"))
-    images = take_images(evaluate.source(options, "train", None), 80, image_column="image", image_size=16)
+    model = train("--max_train_steps", "1")
+    ours = autoencoder(load_model(str(model), "cpu"))
+    images = evaluate.load_data(settings(model=str(model)), 16)
+    fitted = torch.cat(list(evaluate.training_batches(images, 16, torch.device("cpu"))))
     with torch.inference_mode():
-        z = ours.encode(images)
-        neighbours, cosines = evaluate.nearest_training_images(ours, z, options, 16, torch.device("cpu"))
-    torch.testing.assert_close(neighbours[:, 0], images)
+        z = ours.encode(fitted)
+        neighbours, cosines = evaluate.nearest_training_images(ours, z, images, 16, torch.device("cpu"))
+    torch.testing.assert_close(neighbours[:, 0], fitted)
     expected = (z @ z.T).sort(descending=True).values[:, : evaluate.NEIGHBOURS]
     torch.testing.assert_close(cosines, expected, atol=1e-5, rtol=0)
+
+
+def labelled(folder: Path, labels: list[int]) -> str:
+    """Noise as Parquet files, splits train and test, with integer labels that are no ClassLabel."""
+    rows = {"image": [random_image(index, (16, 16)) for index in range(len(labels))], "label": labels}
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.Value("int64")})
+    for split in ("train", "test"):
+        datasets.Dataset.from_dict(rows, features).to_parquet(folder / f"{split}.parquet")
+    return str(folder)
+
+
+def test_integer_labels_are_probed_and_missing_ones_are_told(
+    evaluate: ModuleType,
+    settings: Callable[..., Any],
+    train: Callable[..., Path],
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    model = str(train("--max_train_steps", "1"))
+    data = labelled(tmp_path / "labelled", [index % 3 for index in range(30)])
+    results = evaluate.main(settings(model=model, train_data_dir=data))
+    assert 0 <= results["CTRL-CSC"]["linear_probe"] <= 1
+    assert "probe" not in caplog.text
+    assert (
+        json.loads((tmp_path / "evaluation" / "metrics.json").read_text(encoding="utf-8"))["figures"][0]["split"]
+        == "test"
+    )
+    hidden = labelled(tmp_path / "hidden", [-1] * 30)
+    assert "linear_probe" not in evaluate.main(settings(model=model, train_data_dir=hidden))["CTRL-CSC"]
+    assert "label_column='label' holds -1, so there is no probe" in caplog.text
+
+
+def test_a_split_that_was_fitted_is_not_measured_on(
+    evaluate: ModuleType, settings: Callable[..., Any], train: Callable[..., Path]
+) -> None:
+    with pytest.raises(ValueError, match="must have no image of the split to train on, 'train'"):
+        evaluate.main(settings(model=str(train("--max_train_steps", "1")), split="train"))
+
+
+def test_figures_are_not_written_into_the_folder_of_another_model(
+    settings: Callable[..., Any], train: Callable[..., Path], tmp_path: Path
+) -> None:
+    first, second = (str(train("--max_train_steps", "1", output=name)) for name in ("first", "second"))
+    with pytest.raises(ValueError, match=r"output_dir must be the model's own folder or hold no model, got .*second"):
+        settings(model=first, output_dir=second)
 
 
 @pytest.mark.parametrize("rival", ["path", "=path", "CTRL-CSC=path", "name="])

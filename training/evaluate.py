@@ -361,7 +361,7 @@ def write_metrics(
         count = min(settings.num_frechet_images, len(images.test))
         distances = {name: ours[name] for name in DISTANCES}
         records += figure_records(distances, **measured | {"num_images": count, "feature_model": features.name})
-    if num_unseen:
+    if num_unseen and settings.unseen_hub_dataset_id:  # a card names no local data set, so it cannot tell two apart
         measured |= {"dataset": settings.unseen_hub_dataset_id, "split": settings.unseen_split}
         unseen = {name: ours[f"unseen_{name}"] for name in ("psnr", "match")}
         records += figure_records(unseen, **measured | {"num_images": num_unseen})
