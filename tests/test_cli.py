@@ -2,12 +2,16 @@
 
 import json
 import os
+import re
 import shutil
+import signal
 import socket
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
+import datasets
 import numpy as np
 import pytest
 import torch
@@ -15,8 +19,11 @@ from PIL import Image
 from transformers import BertConfig, BertModel
 from typer.testing import CliRunner
 
-from ctrl_csc_hf import CtrlCscConfig, CtrlCscImageProcessor, CtrlCscModel
-from ctrl_csc_hf.cli import app
+from ctrl_csc_cli import app
+from ctrl_csc_hf import CtrlCscConfig, CtrlCscImageProcessor, CtrlCscModel, CtrlCscPipeline
+from ctrl_csc_hf.encoding import encode_dataset
+from ctrl_csc_hf.fitting import fit_sampler
+from ctrl_csc_hf.sampling import LatentSampler
 
 
 @pytest.fixture(scope="module")
@@ -66,7 +73,12 @@ def test_reconstruct_writes_originals_above_reconstructions_and_prints_each_psnr
     [
         (["{photo}", "--model", "{empty}"], "a folder or a Hub repository with a CTRL-CSC model"),
         (["{photo}", "--model", "{bert}"], "must hold a CTRL-CSC model"),
-        (["{text}", "--model", "{model}"], "images that PIL can read"),
+        (["{text}", "--model", "{model}"], "images that PIL reads and the model takes"),
+        (
+            ["{thin}", "--model", "{model}"],
+            "thin.png: images[0] has 1 x 1001 pixels: a side must be at most 1000 times",
+        ),
+        (["{cut}", "--model", "{model}"], "images that PIL reads and the model takes"),
         (["{photo}", "--model", "{model}", "--output", "{empty}/grid.bmp"], "must end in .png"),
         (["nowhere.png", "--model", "{model}"], "does not exist"),
     ],
@@ -78,8 +90,12 @@ def test_what_reconstruct_cannot_take_is_said_in_words(
     (tmp_path / "text.png").write_text("no image", encoding="utf-8")
     bert = BertConfig(hidden_size=8, num_hidden_layers=1, num_attention_heads=1, intermediate_size=8, vocab_size=8)
     BertModel(bert).save_pretrained(tmp_path / "bert")
+    Image.new("L", (1001, 1)).save(tmp_path / "thin.png")
+    (tmp_path / "cut.png").write_bytes(Path(photos[0]).read_bytes()[:500])
     names = {
         "photo": photos[0],
+        "thin": tmp_path / "thin.png",
+        "cut": tmp_path / "cut.png",
         "empty": tmp_path / "empty",
         "bert": tmp_path / "bert",
         "text": tmp_path / "text.png",
@@ -117,10 +133,10 @@ def harmed(folder: Path, model_folder: Path, harm: str) -> Path:
         ("demo", "no processor", "Invalid value for --model: must hold an image processor beside its model"),
         ("reconstruct", "cut off", "Invalid value for --model: must be a folder or a Hub repository with a CTRL-CSC"),
         ("demo", "cut off", "Invalid value for --model: must be a folder or a Hub repository with a CTRL-CSC model"),
-        ("publish", "cut off", "Invalid value for CHECKPOINT: must be a folder or a Hub repository with a CTRL-CSC"),
-        ("publish", "other size", "Invalid value for CHECKPOINT: must be a folder or a Hub repository with a CTRL-CSC"),
+        ("publish", "cut off", "Invalid value for --model: must be a folder or a Hub repository with a CTRL-CSC"),
+        ("publish", "other size", "Invalid value for --model: must be a folder or a Hub repository with a CTRL-CSC"),
         ("reconstruct", "foreign code", "Invalid value for --model: must be a folder or a Hub repository with a"),
-        ("publish", "foreign code", "Invalid value for CHECKPOINT: must be a folder or a Hub repository with a"),
+        ("publish", "foreign code", "Invalid value for --model: must be a folder or a Hub repository with a"),
     ],
 )
 def test_a_model_that_does_not_load_is_named_by_the_argument_that_gave_it(
@@ -130,7 +146,7 @@ def test_a_model_that_does_not_load_is_named_by_the_argument_that_gave_it(
     arguments = {
         "reconstruct": [photos[0], "--model", folder],
         "demo": ["--model", folder],
-        "publish": [folder, "--repo_id", "org/name", "--dry_run", str(tmp_path / "out")],
+        "publish": ["--model", folder, "--repo_id", "org/name", "--dry_run", str(tmp_path / "out")],
     }
     result = CliRunner().invoke(app, [command, *arguments[command]])
     assert result.exit_code == 2
@@ -144,14 +160,15 @@ def test_a_model_that_does_not_load_is_named_by_the_argument_that_gave_it(
     [
         (["--repo_id", "name", "--dry_run", "{out}"], "repo_id must be ORGANIZATION/NAME, got 'name'"),
         (["--repo_id", "a/b/c", "--dry_run", "{out}"], "'a/b/c'"),
-        (["--repo_id", "a/b/c"], "'a/b/c'"),
+        (["--repo_id", "a/b/c", "--license", "mit", "--public"], "'a/b/c'"),
         (["--repo_id", "org/name", "--dry_run", "{model}"], "folder must be another one than the checkpoint's"),
-        (["--repo_id", "org/name"], "does not answer"),
+        (["--repo_id", "org/name", "--license", "mit", "--private"], "does not answer"),
+        (["--repo_id", "org/name"], "must be given to publish a model of local data"),
     ],
 )
 def test_what_publish_cannot_do_is_one_line(flags: list[str], message: str, model_folder: Path, tmp_path: Path) -> None:
     names = {"out": tmp_path / "out", "model": model_folder}
-    command = [str(Path(sys.executable).parent / "ctrl-csc"), "publish", str(model_folder)]
+    command = [str(Path(sys.executable).parent / "ctrl-csc"), "publish", "--model", str(model_folder)]
     result = subprocess.run(
         [*command, *(flag.format(**names) for flag in flags)],
         env={**os.environ, "HF_ENDPOINT": "http://127.0.0.1:9", "HF_TOKEN": "hf_test", "HF_HUB_OFFLINE": "0"},
@@ -176,3 +193,137 @@ def test_without_gradio_the_demo_names_the_extra(model_folder: Path, monkeypatch
     monkeypatch.setitem(sys.modules, "gradio", None)
     result = CliRunner().invoke(app, ["demo", "--model", str(model_folder)])
     assert result.exit_code == 1 and "the demo needs gradio: pip install ctrl-csc-hf[demo]" in result.output
+
+
+# Without a command
+
+
+def test_help_and_version_and_a_wrong_option_load_neither_torch_nor_transformers() -> None:
+    commands = ["reconstruct", "inspect", "publish", "fit-sampler", "demo"]
+    wrong = [
+        ["--help"],
+        ["--version"],
+        ["nonsense"],
+        ["demo", "--modle", "x"],
+        *([name, "--help"] for name in commands),
+    ]
+    code = f"""
+import sys
+from ctrl_csc_cli import app
+for arguments in {wrong}:
+    try:
+        app(arguments)
+    except SystemExit:
+        print("loaded", {{"torch", "transformers", "huggingface_hub", "ctrl_csc_hf"}} & set(sys.modules))
+"""
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert result.stdout.count("loaded set()") == len(wrong), result.stdout + result.stderr
+    for name in commands:
+        assert name in result.stdout.split("loaded")[0]
+
+
+def test_the_version_is_that_of_pyproject() -> None:
+    project = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    assert CliRunner().invoke(app, ["--version"]).output == f"ctrl-csc-hf {project['version']}\n"
+
+
+def test_options_of_one_name_and_one_meaning_serve_all_commands() -> None:
+    described = {
+        name: CliRunner().invoke(app, [name, "--help"], env={"COLUMNS": "200"}).output
+        for name in ("reconstruct", "inspect", "publish", "fit-sampler", "demo")
+    }
+    options = {name: set(re.findall(r"--[\w-]+", text)) - {"--help"} for name, text in described.items()}
+    assert all("--model" in each and not any("-" in option[2:] for option in each) for each in options.values())
+    shared = {"--dataset_name", "--split", "--image_column", "--label_column", "--num_images"}
+    assert shared <= options["inspect"] and shared <= options["fit-sampler"]
+
+
+# Samplers
+
+
+@pytest.fixture
+def own_model(model_folder: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(model_folder, tmp_path / "own"))
+
+
+def fit(folder: Path, *arguments: object):
+    return CliRunner().invoke(app, ["fit-sampler", "--model", str(folder), *map(str, arguments)])
+
+
+def test_fit_sampler_finds_the_columns_draws_from_the_whole_split_and_keeps_class_names(
+    own_model: Path, image_folder: Path
+) -> None:
+    result = fit(own_model, "--dataset_name", image_folder, "--num_images", 24)  # whose first 40 are of one class
+    assert result.exit_code == 0, result.output
+    sampler = LatentSampler.from_pretrained(own_model / "sampler")
+    assert sampler.labels is not None and sampler.labels.tolist() == [0, 1]
+
+    model, processor = CtrlCscModel.from_pretrained(own_model), CtrlCscImageProcessor.from_pretrained(own_model)
+    assert model.config.id2label == {0: "class0", 1: "class1"} and model.config.label2id == {"class0": 0, "class1": 1}
+    stream = datasets.load_dataset(str(image_folder), split="train", streaming=True)
+    expected = fit_sampler(encode_dataset(stream, model, processor, label_column="label", num_images=24))
+    torch.testing.assert_close(sampler.means, expected.means)
+    (image,) = CtrlCscPipeline(model, processor, sampler).sample(label="class1")
+    assert image.size == (16, 16)
+
+
+def test_fit_sampler_leaves_class_names_that_a_model_has(own_model: Path, image_folder: Path) -> None:
+    model = CtrlCscModel.from_pretrained(own_model)
+    model.config.id2label = {0: "a", 1: "b"}
+    model.save_pretrained(own_model)
+    before = (own_model / "config.json").read_bytes()
+    assert fit(own_model, "--dataset_name", image_folder).exit_code == 0
+    assert (own_model / "config.json").read_bytes() == before
+
+
+def test_fit_sampler_without_labels_seeks_groups(own_model: Path, image_folder: Path) -> None:
+    result = fit(own_model, "--dataset_name", image_folder, "--label_column", "none")
+    assert result.exit_code == 0 and "groups" in result.output
+    assert LatentSampler.from_pretrained(own_model / "sampler").labels is None
+    assert "id2label" not in json.loads((own_model / "config.json").read_text(encoding="utf-8"))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--image_column", "img"], "Error: --image_column must be one of ['image', 'label'], got 'img'"),
+        (["--label_column", "image"], "Error: --label_column must hold integers, but 'image' holds Image"),
+        (["--split", "test"], "Invalid value for --split: must be one of ['train'], got 'test'"),
+        (["--model", "org/name"], "Invalid value for --model: must be a local folder, the sampler is written there"),
+        (["--dataset_name", "no/where"], "Invalid value for --dataset_name: must be a data set of images that can be"),
+    ],
+)
+def test_what_fit_sampler_cannot_take_is_said_in_words(
+    arguments: list[str], message: str, own_model: Path, image_folder: Path
+) -> None:
+    result = fit(own_model, "--dataset_name", image_folder, *arguments)
+    assert result.exit_code == (1 if message.startswith("Error") else 2)
+    assert message in " ".join(result.output.replace("│", " ").split()) and "Traceback" not in result.output
+    assert not (own_model / "sampler").exists()
+
+
+# Ctrl-C
+
+
+@pytest.mark.parametrize("command", ["fit-sampler", "demo"])
+def test_ctrl_c_ends_a_command_with_one_line(command: str, own_model: Path, image_folder: Path) -> None:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        port = listener.getsockname()[1]
+    arguments, sign = {
+        "fit-sampler": (["--dataset_name", str(image_folder)], "images encoded"),
+        "demo": (["--port", str(port)], f"127.0.0.1:{port}"),
+    }[command]
+    words = [str(Path(sys.executable).parent / "ctrl-csc"), command, "--model", str(own_model), *arguments]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1", "GRADIO_ANALYTICS_ENABLED": "0"}
+    process = subprocess.Popen(words, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    assert process.stdout is not None
+    output = b""
+    while sign.encode() not in output:
+        read = process.stdout.read1()
+        assert read, output.decode()
+        output += read
+    process.send_signal(signal.SIGINT)
+    rest = process.stdout.read().decode()
+    assert process.wait(timeout=60) == 130
+    assert rest.rstrip().endswith("Interrupted") and "Traceback" not in rest

@@ -22,8 +22,8 @@ from PIL import Image
 from transformers import HfArgumentParser
 from typer.main import get_command
 
+from ctrl_csc_cli import app
 from ctrl_csc_hf import CtrlCscConfig, CtrlCscImageProcessor, CtrlCscModel
-from ctrl_csc_hf.cli import app
 from ctrl_csc_hf.sampling import LatentSampler
 
 ROOT = Path(__file__).parents[1]
@@ -38,7 +38,7 @@ COMMANDS = [line for block in re.findall(r"```bash\n(.*?)```", README, re.DOTALL
 def folder(tmp_path: Path) -> Path:
     """What README's blocks find: the demo's data, its model folder with examples and sampler, and another model."""
     torch.manual_seed(0)
-    config = CtrlCscConfig(latent_dim=16, stage_channels=[8, 16, 16])
+    config = CtrlCscConfig(latent_dim=16, stage_channels=[8, 16])
     for name in ("demo/model", "cifar10"):
         CtrlCscModel(config).save_pretrained(tmp_path / name)
         CtrlCscImageProcessor(image_size=32).save_pretrained(tmp_path / name)
@@ -166,6 +166,20 @@ def test_commands_in_docs_are_such_commands_with_settings_that_exist() -> None:
                 if launched.config_file:
                     machines = load_config_from_file(str(ROOT / launched.config_file))
                     assert machines.num_processes % machines.num_machines == 0
+
+
+@pytest.mark.skipif(not (ROOT / ".git").exists(), reason="not a git checkout")
+def test_git_ignores_what_the_blocks_write() -> None:
+    pages = [ROOT / "README.md", ROOT / "training" / "README.md", *(ROOT / "docs").glob("*.md")]
+    text = "\n".join(page.read_text(encoding="utf-8") for page in pages)
+    blocks = "\n".join(re.findall(r"```(?:bash|python)\n(.*?)```", text, re.DOTALL))
+    found = re.findall(r"--(?:output_dir|output|report|dry_run)[ =](\S+)", blocks)
+    found += re.findall(r"\.save(?:_pretrained)?\(\"([^\"]+)", blocks)
+    assert {"repository", "report.html", "reconstruction.png", "sample.png", "cifar10"} <= set(found)
+    written = {name if Path(name).suffix else f"{name}/file" for name in (*found, "inspection", "evaluation")}
+    command = ["git", "check-ignore", "--no-index", *sorted(written)]
+    ignored = subprocess.run(command, cwd=ROOT, capture_output=True, text=True).stdout.split()
+    assert set(ignored) == written
 
 
 def test_no_command_is_left_out() -> None:

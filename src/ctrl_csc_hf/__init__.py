@@ -3,6 +3,7 @@
 Importing this package registers its classes with transformers' Auto classes.
 """
 
+from importlib import metadata
 from typing import TYPE_CHECKING, Any
 
 from transformers import AutoConfig, AutoModel
@@ -25,6 +26,8 @@ from .sparse_coding import ConvolutionalDictionary, ConvolutionalSparseCoding
 
 if TYPE_CHECKING:
     from .pipeline_ctrl_csc import CtrlCscPipeline, CtrlCscPipelineOutput
+
+__version__ = metadata.version("ctrl-csc-hf")
 
 AutoConfig.register(CtrlCscConfig.model_type, CtrlCscConfig)
 AutoModel.register(CtrlCscConfig, CtrlCscModel)
@@ -55,6 +58,7 @@ __all__ = [
     "CtrlCscModelOutput",
     "CtrlCscPipeline",
     "CtrlCscPipelineOutput",
+    "__version__",
     "class_rate_reduction",
     "coding_rate",
     "multiclass_objective",

@@ -1,0 +1,414 @@
+"""The command line, `ctrl-csc`.
+
+A module beside the package, because importing the package registers it with transformers, which takes seconds. So
+`--help` and `--version` answer at once; each command imports what it needs when it runs.
+"""
+
+import re
+import runpy
+import threading
+from importlib import metadata
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+
+import typer
+from typer.core import TyperGroup
+
+if TYPE_CHECKING:
+    import datasets
+    from torch import Tensor
+
+    from ctrl_csc_hf import CtrlCscImageProcessor, CtrlCscModel
+
+
+class Interruptible(TyperGroup):
+    """Commands that Ctrl-C ends with one line and the exit code of shells, 130."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt:
+            typer.echo("Interrupted", err=True)
+            raise typer.Exit(130) from None
+
+
+app = typer.Typer(cls=Interruptible, add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
+
+Model = Annotated[str, typer.Option(help="A folder that train.py wrote, or a Hub repository.")]
+LocalModel = Annotated[str, typer.Option("--model", help="A folder that train.py wrote.")]
+DatasetName = typer.Option("--dataset_name", help="A Hub data set, or a local folder of images or Parquet files.")
+Split = Annotated[str, typer.Option(help="Split of the data set.")]
+ImageColumn = Annotated[
+    str | None, typer.Option("--image_column", help="Column of the images; by default the only one that holds images.")
+]
+LabelColumn = Annotated[
+    str | None,
+    typer.Option("--label_column", help="Column of integer labels; by default found by its type; none: no labels."),
+]
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"ctrl-csc-hf {metadata.version('ctrl-csc-hf')}")
+        raise typer.Exit
+
+
+@app.callback()
+def main(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    """CTRL-CSC: images as a multi-stage sparse deconvolution."""
+
+
+@app.command()
+def reconstruct(
+    images: Annotated[list[Path], typer.Argument(help="Image files.", exists=True, dir_okay=False)],
+    model: Model,
+    output: Annotated[Path, typer.Option(help="PNG file of the picture.")] = Path("reconstructions.png"),
+) -> None:
+    """Writes the images above their reconstructions, and prints the PSNR of each, at the model's size."""
+    if output.suffix.lower() != ".png":
+        raise typer.BadParameter(f"must end in .png, got {output}", param_hint="--output")
+    import torch
+    from tqdm.auto import tqdm
+
+    from ctrl_csc_hf.metrics import peak_signal_to_noise_ratio
+    from ctrl_csc_hf.visualization import reconstruction_grid
+
+    loaded, processor = _load_model(model), _load_image_processor(model)
+    paths = tqdm(images, desc="images read", disable=len(images) == 1)
+    originals = torch.cat([_read_image(path, "IMAGES", processor) for path in paths])
+    with torch.inference_mode():
+        reconstructions = torch.cat([loaded(batch).reconstruction for batch in originals.split(64)])
+    output.parent.mkdir(parents=True, exist_ok=True)
+    scale = max(1, 128 // originals.shape[-1])
+    reconstruction_grid(originals, reconstructions, scale=scale).save(output)
+    for path, psnr in zip(images, peak_signal_to_noise_ratio(originals, reconstructions).tolist(), strict=True):
+        typer.echo(f"{path}: PSNR {psnr:.2f} dB")
+    typer.echo(f"Originals above reconstructions: {output}")
+
+
+@app.command()
+def inspect(
+    model: Model,
+    image: Annotated[
+        list[Path] | None,
+        typer.Option(help="An image to take apart; may be given several times.", exists=True, dir_okay=False),
+    ] = None,
+    dataset_name: Annotated[str | None, DatasetName] = None,
+    split: Split = "test",
+    image_column: ImageColumn = None,
+    label_column: LabelColumn = None,
+    num_images: Annotated[
+        int, typer.Option("--num_images", help="Images of the data set, drawn uniformly.", min=2)
+    ] = 500,
+    output: Annotated[Path, typer.Option(help="Folder of the pictures, PNG files.")] = Path("inspection"),
+    report: Annotated[Path | None, typer.Option(help="HTML page of all pictures, one file.")] = None,
+) -> None:
+    """Draws what is inside a model: its atoms, what they make of an image, and, given a data set, the latent space.
+
+    Without an image, one of the checkpoint's examples is taken apart, or else the first of the data set.
+    """
+    if report is not None and report.suffix.lower() != ".html":
+        raise typer.BadParameter(f"must end in .html, got {report}", param_hint="--report")
+    if output.exists() and not output.is_dir():
+        raise typer.BadParameter(f"must be a folder or not exist, got {output}", param_hint="--output")
+    try:
+        import matplotlib  # noqa: F401
+        import torch
+        from tqdm.auto import tqdm
+
+        from ctrl_csc_hf.report import Picture, dictionary_pictures, html_report, image_pictures, latent_pictures
+    except ModuleNotFoundError as error:
+        _stop(f"inspect needs {error.name}: pip install ctrl-csc-hf[inspect]")
+    loaded, processor = _load_model(model).float(), _load_image_processor(model)
+    if loaded.config.num_channels != 3:
+        raise typer.BadParameter(
+            f"must be of RGB images, got {loaded.config.num_channels} channels", param_hint="--model"
+        )
+    paths = image or sorted(_folder(model).glob("examples/*.png"))
+    photos = [_read_image(path, "--image", processor) for path in paths]
+    many, labels, class_names = torch.cat(photos) if photos else None, None, None
+    if dataset_name is not None:
+        many, labels, class_names = _sample(dataset_name, split, image_column, label_column, num_images, processor)
+    names = [path.stem for path in paths]
+    if len(set(names)) < len(names):
+        names = [f"{name}_{index}" for index, name in enumerate(names, 1)]
+    shown = dict(zip(names, photos, strict=True))
+    if not shown and many is not None:
+        shown = {"image": many[:1]}
+    if not image:
+        shown = dict(islice(shown.items(), 1))
+
+    chapters: dict[str, list[Picture]] = {}
+    try:
+        with tqdm(total=1 + len(shown) + (dataset_name is not None), desc="chapters drawn") as progress:
+            chapters["Atoms"] = dictionary_pictures(loaded, many)
+            progress.update()
+            for name, photo in shown.items():
+                chapters[f"Image {name}"] = image_pictures(loaded, photo[0], name)
+                progress.update()
+            if dataset_name is not None and many is not None:
+                chapters["Latent space"] = latent_pictures(loaded, many, labels, class_names)
+                progress.update()
+    except (ValueError, TypeError) as error:  # what the model refuses
+        _stop(str(error))
+    output.mkdir(parents=True, exist_ok=True)
+    for picture in (picture for pictures in chapters.values() for picture in pictures):
+        path = output / (re.sub(r"[^\w-]+", "_", picture.name) + ".png")
+        path.write_bytes(picture.png)
+        typer.echo(f"{picture.title}: {path}")
+    if report is not None:
+        report.parent.mkdir(parents=True, exist_ok=True)
+        report.write_text(html_report(loaded, Path(model).absolute().name, chapters), encoding="utf-8")
+        typer.echo(f"All of it: {report}")
+
+
+@app.command()
+def publish(
+    model: LocalModel,
+    repo_id: Annotated[str, typer.Option("--repo_id", help="ORGANIZATION/NAME on the Hub.")],
+    private: Annotated[
+        bool | None,
+        typer.Option(
+            "--private/--public",
+            help="Visibility of a new repository; by default private if the Hub data set is private or gated.",
+        ),
+    ] = None,
+    license: Annotated[
+        str | None,
+        typer.Option(help="Licence of the weights, as the Hub lists them; by default that of the Hub data set."),
+    ] = None,
+    half: Annotated[bool, typer.Option("--half", help="Store the dictionaries in float16, half as large.")] = False,
+    dry_run: Annotated[Path | None, typer.Option("--dry_run", help="Write the folder here; upload nothing.")] = None,
+) -> None:
+    """Publishes a checkpoint as a Hub repository, with its code, its model card and an endpoint handler."""
+    folder = _local_folder(model, "the checkpoint is read")
+    from huggingface_hub import constants
+
+    from ctrl_csc_hf import hub
+
+    loaded = _load_model(model)
+    try:
+        if dry_run is not None:
+            hub.export(loaded, dry_run, repo_id=repo_id, checkpoint=folder, license=license, half=half)
+            typer.echo(f"Written, not uploaded: {dry_run}")
+        else:
+            typer.echo(f"Published: {hub.publish(folder, repo_id, private=private, license=license, half=half)}")
+    except (OSError, ValueError) as error:  # what the Hub refuses is an OSError
+        _stop(str(error))
+    except _http_error() as error:
+        _stop(f"the Hub at {constants.ENDPOINT} does not answer: {error}")
+
+
+@app.command()
+def fit_sampler(
+    model: LocalModel,
+    dataset_name: Annotated[str, DatasetName],
+    split: Split = "train",
+    image_column: ImageColumn = None,
+    label_column: LabelColumn = None,
+    num_images: Annotated[
+        int | None, typer.Option("--num_images", help="Images drawn uniformly; by default all.", min=2)
+    ] = None,
+) -> None:
+    """Fits what CtrlCscPipeline.sample draws from on the training images' latents, and writes it into MODEL/sampler.
+
+    The sampler has a component for each class; without labels, for each group of latents that is found.
+    """
+    folder = _local_folder(model, "the sampler is written")
+    try:
+        from ctrl_csc_hf import hub
+        from ctrl_csc_hf.encoding import encode_dataset
+        from ctrl_csc_hf.fitting import fit_sampler as fit
+    except ModuleNotFoundError as error:
+        _stop(f"fit-sampler needs {error.name}: pip install ctrl-csc-hf[train]")
+    loaded, processor = _load_model(model), _load_image_processor(model)
+    dataset, image_column, label_column = _open_dataset(dataset_name, split, image_column, label_column)
+    names = getattr(dataset.features.get(label_column), "names", None)
+    try:
+        sampler = fit(
+            encode_dataset(
+                dataset,
+                loaded,
+                processor,
+                image_column=image_column,
+                label_column=label_column or "none",
+                num_images=num_images,
+            )
+        )
+    except (OSError, ValueError) as error:
+        _stop(str(error))
+    sampler.save_pretrained(folder / hub.SAMPLER)
+    if names and "id2label" not in loaded.config.to_diff_dict():
+        loaded.config.id2label = dict(enumerate(names))
+        loaded.config.label2id = {name: label for label, name in enumerate(names)}
+        loaded.config.save_pretrained(folder)
+    kind = "groups" if sampler.labels is None else "classes"
+    ranks = f"{min(sampler.ranks)} to {max(sampler.ranks)} of {sampler.means.shape[1]} directions"
+    typer.echo(f"Components: {len(sampler.ranks)} {kind}, of {ranks}")
+    typer.echo(f"Sampler: {folder / hub.SAMPLER}")
+
+
+@app.command()
+def demo(
+    model: Model,
+    port: Annotated[int, typer.Option(help="Local port of the web page.")] = 7860,
+) -> None:
+    """Starts the page of the Space spaces/ctrl-csc on a model: what is inside it, and what it makes of images."""
+    from ctrl_csc_hf import hub
+
+    # An installed package has the Space beside its modules, an editable one in the repository.
+    package = Path(hub.__file__).parent
+    spaces = (package / "space", package.parents[1] / "spaces" / "ctrl-csc")
+    loaded, processor = _load_model(model), _load_image_processor(model)
+    try:
+        build = runpy.run_path(str(next(space for space in spaces if space.is_dir()) / "app.py"))["build"]
+        from ctrl_csc_hf import CtrlCscPipeline
+        from ctrl_csc_hf.sampling import LatentSampler
+    except ModuleNotFoundError as error:
+        _stop(f"the demo needs {error.name}: pip install ctrl-csc-hf[demo]")
+
+    folder = _folder(model)
+    examples = sorted(str(path) for path in folder.glob("examples/*.png"))
+    sampler = LatentSampler.from_pretrained(folder / hub.SAMPLER) if (folder / hub.SAMPLER).is_dir() else None
+    page = build(CtrlCscPipeline(loaded, processor, sampler), examples)
+    try:
+        page.launch(
+            server_name="127.0.0.1",
+            server_port=port,
+            max_file_size="10mb",
+            allowed_paths=[str(folder)],
+            prevent_thread_lock=True,
+        )
+    except OSError as error:
+        raise typer.BadParameter(f"must be a free port, got {port}: {error}", param_hint="--port") from error
+    threading.Event().wait()  # for Ctrl-C
+
+
+def _stop(message: str) -> NoReturn:
+    typer.echo(f"Error: {' '.join(message.split())}", err=True)
+    raise typer.Exit(1)
+
+
+def _http_error() -> type[Exception]:
+    """httpx's, under whichever of its names huggingface_hub has it."""
+    from huggingface_hub.errors import HTTPError  # type: ignore[attr-defined]
+
+    return HTTPError
+
+
+def _load_model(path_or_repository: str) -> "CtrlCscModel":
+    from transformers import AutoModel
+
+    from ctrl_csc_hf import CtrlCscModel
+
+    try:
+        model = AutoModel.from_pretrained(path_or_repository, trust_remote_code=False)
+    except (OSError, ValueError, RuntimeError) as error:  # transformers' for tensors of other shapes is the last
+        raise typer.BadParameter(
+            f"must be a folder or a Hub repository with a CTRL-CSC model, got {path_or_repository!r}: {error}",
+            param_hint="--model",
+        ) from error
+    if not isinstance(model, CtrlCscModel):
+        raise typer.BadParameter(
+            f"must hold a CTRL-CSC model, got {type(model).__name__} in {path_or_repository!r}", param_hint="--model"
+        )
+    return model.eval()
+
+
+def _local_folder(model: str, what: str) -> Path:
+    if not Path(model).is_dir():
+        raise typer.BadParameter(
+            f"must be a local folder, {what} there, got {model!r}; `hf download` makes one of a Hub repository",
+            param_hint="--model",
+        )
+    return Path(model)
+
+
+def _folder(path_or_repository: str) -> Path:
+    from huggingface_hub import snapshot_download
+
+    local = Path(path_or_repository)
+    return local if local.is_dir() else Path(snapshot_download(path_or_repository))
+
+
+def _load_image_processor(path_or_repository: str) -> "CtrlCscImageProcessor":
+    from ctrl_csc_hf import CtrlCscImageProcessor
+
+    try:
+        return CtrlCscImageProcessor.from_pretrained(path_or_repository)
+    except OSError as error:
+        raise typer.BadParameter(
+            f"must hold an image processor beside its model, got {path_or_repository!r}: {error}", param_hint="--model"
+        ) from error
+
+
+def _read_image(path: Path, argument: str, processor: "CtrlCscImageProcessor") -> "Tensor":
+    """(1, 3, image_size, image_size), in [-1, 1]."""
+    from PIL import Image
+
+    try:
+        with Image.open(path) as image:
+            return processor(image, return_tensors="pt").pixel_values
+    except Exception as error:  # PIL's decoders raise nearly everything on broken files
+        raise typer.BadParameter(
+            f"must be images that PIL reads and the model takes, got {path}: {error}", param_hint=argument
+        ) from error
+
+
+def _open_dataset(
+    name: str, split: str, image_column: str | None, label_column: str | None
+) -> tuple["datasets.IterableDataset", str, str | None]:
+    """The columns of a split's images and labels, undecoded, and their names."""
+    import datasets
+
+    from ctrl_csc_hf.encoding import undecoded
+
+    try:
+        splits = datasets.get_dataset_split_names(name)
+        if split not in splits:
+            raise typer.BadParameter(f"must be one of {splits}, got {split!r}", param_hint="--split")
+        dataset = datasets.load_dataset(name, split=split, streaming=True)
+        dataset = dataset if dataset.features else dataset._resolve_features()
+    except (OSError, ValueError, _http_error(), datasets.exceptions.DatasetGenerationError) as error:
+        raise typer.BadParameter(
+            f"must be a data set of images that can be read, got {name!r}: {error}", param_hint="--dataset_name"
+        ) from error
+    try:
+        return undecoded(dataset, image_column, label_column)
+    except ValueError as error:  # which begins with the column's argument
+        _stop(f"--{error}")
+
+
+def _sample(
+    name: str,
+    split: str,
+    image_column: str | None,
+    label_column: str | None,
+    count: int,
+    processor: "CtrlCscImageProcessor",
+) -> tuple["Tensor", "Tensor | None", list[str] | None]:
+    """Images of a data set, (n, 3, image_size, image_size), their labels and the classes' names, where it has them."""
+    try:
+        import torch
+
+        from ctrl_csc_hf.encoding import draw_images, open_image
+    except ModuleNotFoundError as error:
+        _stop(f"--dataset_name needs {error.name}: pip install ctrl-csc-hf[inspect]")
+
+    def read(encoded: Any) -> "Tensor":
+        return processor(open_image(encoded), return_tensors="pt").pixel_values
+
+    dataset, image_column, found = _open_dataset(name, split, image_column, label_column)
+    try:
+        images, labels = draw_images(dataset, count, image_column=image_column, label_column=found or "none", read=read)
+    except (OSError, ValueError) as error:
+        _stop(str(error))
+    pixel_values = torch.cat(images)
+    if labels is None or any(label is None or label < 0 for label in labels):  # -1 stands for labels kept secret
+        return pixel_values, None, None
+    return pixel_values, torch.tensor(labels), getattr(dataset.features[found], "names", None)
