@@ -168,7 +168,7 @@ def test_held_out_images_are_a_tenth_at_most_and_leave_every_class_in_training(s
 
 def test_images_that_are_all_the_last_of_their_class_cannot_be_held_out(tmp_path):
     images = sorted_by_class(tmp_path / "data", True, sizes=[1] * 30)
-    with pytest.raises(ValueError, match=r"no images can be held out of 30.*give validation_split"):
+    with pytest.raises(ValueError, match=r"no image can be held out of 30.*--validation_split"):
         hold_out(images, 3, image_column="image", label_column="label")
 
 
@@ -183,7 +183,6 @@ def test_a_long_stream_is_sampled_from_a_part_of_its_row_groups_all_over(tmp_pat
 @pytest.mark.parametrize(
     ("spec", "held_out", "allowed"),
     [
-        ("train", "train", False),
         ("train", "train[:10%]", False),
         ("train[10%:]", "train[:20%]", False),
         ("train[10%:]", "train[:10%]", True),
@@ -205,10 +204,13 @@ def test_splits_to_train_on_and_held_out_share_no_image(spec, held_out, allowed,
             load_splits(source, held_out, 5, seed=0, preferred=())
 
 
-def test_splits_are_found_or_held_out(parquet_folder, image_folder, tmp_path):
+@pytest.mark.parametrize("validation_split", [None, "train"])
+def test_where_there_is_no_other_split_a_part_is_held_out(validation_split, parquet_folder, tmp_path):
     source = ImageSource(train_data_dir=parquet_folder, cache_dir=str(tmp_path), label_column="none")
-    images, others, name = load_splits(source, None, 2, seed=0, preferred=("test", "valid"))
+    images, others, name = load_splits(source, validation_split, 2, seed=0, preferred=("test", "valid"))
     assert (len(images), len(others), name) == (NUM_IMAGES - 2, 2, "train")
+    held = {row["image"]["path"] for row in others}
+    assert not held & {row["image"]["path"] for row in images}
     with pytest.raises(ValueError, match=r"must be one of \['train'\], got \['dev'\]"):
         load_splits(source, "dev", 2, seed=0, preferred=())
 

@@ -104,8 +104,8 @@ def load_splits(
 
     Args:
         source: of the training images.
-        validation_split: of the held-out images; by default the first of `preferred` that exists, or else a part of
-            the training images, see `hold_out`.
+        validation_split: of the held-out images; by default the first of `preferred` that exists, or else the training
+            split. Of the training split a part is held out, see `hold_out`.
         num_held_out: size of that part.
         seed: of that part.
 
@@ -115,8 +115,8 @@ def load_splits(
     images = load_images(source)
     names = datasets.get_dataset_split_names(*source.place, data_dir=source.data_dir)
     if validation_split is None:
-        validation_split = next((name for name in preferred if name in names and name != source.split), None)
-    if validation_split is None:
+        validation_split = next((name for name in preferred if name in names), source.split)
+    if validation_split == source.split:
         image_column, label_column = find_columns(images.features, source.image_column, source.label_column)
         columns = {"image_column": image_column, "label_column": label_column}
         return *hold_out(images, num_held_out, **columns, seed=seed), source.split
@@ -129,7 +129,7 @@ def load_splits(
         if first.splitname == second.splitname and max(first.from_, second.from_) < min(first.to, second.to):
             raise ValueError(
                 f"the split of the held-out images, {validation_split!r}, must have no image of the split to train on, "
-                f"{source.split!r}: name another one, or none, to hold out a part of the training images"
+                f"{source.split!r}: name another one, or the same, of which a part is held out"
             )
     return images, load_images(replace(source, split=validation_split)), validation_split
 
@@ -189,8 +189,9 @@ def hold_out(
 ) -> tuple[ImageDataset, datasets.Dataset]:
     """A data set that `load_images` gives, without a uniform sample of its images, and that sample.
 
-    The sample is at most a tenth of the images, and leaves at least one image of each class. A stream leaves it out by
-    content, with every copy of it: its own `skip` leaves out other images as soon as loader workers divide the shards.
+    The sample is at most a tenth of the images, or one, and leaves at least one image of each class. A stream leaves it
+    out by content, with every copy of it: its own `skip` leaves out other images as soon as loader workers divide the
+    shards.
 
     Args:
         count: size of the sample. A warning says how many are held out where that is less.
@@ -204,7 +205,7 @@ def hold_out(
     else:
         rows, size = draw_rows(dataset, count, seed), len(dataset)
         left = Counter(dataset[label_column] if label_column else [None] * size)
-    allowed = min(count, size // 10)
+    allowed = min(count, max(1, size // 10))
     held: list[tuple[str, dict[str, Any]]] = []
     for key, row in rows:
         if len(held) == allowed:
@@ -214,8 +215,8 @@ def hold_out(
             held.append((key, row))
     if not held:
         raise ValueError(
-            f"no images can be held out of {size}, of which at most a tenth and not the last one of a class may be: "
-            "give validation_split, or more images"
+            f"no image can be held out of {size}, as each is the last one of its class: name another split "
+            "(--validation_split of train.py, --split of evaluate.py), or do without labels (--label_column none)"
         )
     if len(held) < count:
         logger.warning("%d images are held out instead of %d, of %d in all", len(held), count, size)

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from run import one_line_errors
 from settings import parse_settings
 from sklearn.datasets import load_digits
 from torch import Tensor
@@ -114,4 +115,5 @@ def save_enlarged(path: Path, originals: Tensor, reconstructions: Tensor, scale:
 
 
 if __name__ == "__main__":
-    main()
+    with one_line_errors():
+        main()

@@ -16,7 +16,6 @@ drawn uniformly from their splits, in random order, by the seed.
 
 import json
 import logging
-import sys
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import asdict, dataclass
@@ -36,7 +35,7 @@ from data import (
     take_images,
     to_pixel_values,
 )
-from run import GRID_IMAGES, SETTINGS, figure_records, save_grid
+from run import GRID_IMAGES, SETTINGS, figure_records, one_line_errors, save_grid
 from settings import option
 from stream import ImageLoader, ImageStream
 from torch import Tensor
@@ -433,8 +432,6 @@ def print_table(results: dict[str, dict[str, Any]]) -> None:
 
 
 if __name__ == "__main__":
-    try:
+    with one_line_errors():
         (evaluation_settings,) = HfArgumentParser(EvaluationSettings).parse_args_into_dataclasses()
         main(evaluation_settings)
-    except (OSError, ValueError) as error:
-        sys.exit(f"{type(error).__name__}: {error}")

@@ -6,6 +6,9 @@ import os
 import re
 import shutil
 import signal
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -296,6 +299,18 @@ def find_checkpoint(output_dir: Path, wanted: str) -> Path:
     if not found:
         raise ValueError(f"resume_from_checkpoint='latest', but there is no checkpoint in {output_dir}")
     return found[-1]
+
+
+@contextmanager
+def one_line_errors() -> Iterator[None]:
+    """Ends a program with one line where Ctrl-C stopped it, or where something that it was given is wrong."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        print("Stopped", file=sys.stderr)
+        sys.exit(130)
+    except (OSError, ValueError, FloatingPointError) as error:
+        sys.exit(f"{type(error).__name__}: {error}")
 
 
 @torch.no_grad()

@@ -21,6 +21,7 @@ import yaml
 from autoencoders import load_model
 from data import ImageSource, load_images, take_examples
 from matplotlib.figure import Figure
+from run import one_line_errors
 from torch import Tensor
 
 from ctrl_csc_hf.encoding import find_columns
@@ -114,7 +115,7 @@ def main(arguments: argparse.Namespace) -> None:
         for row in arguments.rows:
             if not any((result["row"], result["seed"]) == (row, seed) for result in results):
                 results.append(run(row, seed, arguments))
-                with record.open("a") as file:
+                with record.open("a", encoding="utf-8") as file:
                     file.write(json.dumps(results[-1]) + "\n")
     print_table(results)
     asked = [result for result in results if result["row"] in arguments.rows and result["seed"] in arguments.seeds]
@@ -230,4 +231,5 @@ def draw(results: list[dict[str, Any]], output_dir: Path) -> Figure:
 
 
 if __name__ == "__main__":
-    main(parse_arguments())
+    with one_line_errors():
+        main(parse_arguments())

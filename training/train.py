@@ -28,6 +28,7 @@ from run import (
     checkpoints,
     find_checkpoint,
     held_out_figures,
+    one_line_errors,
     save_checkpoint,
     save_grid,
     save_model,
@@ -373,7 +374,5 @@ def continue_at(scheduler: LambdaLR, step: int) -> None:
 
 
 if __name__ == "__main__":
-    try:
+    with one_line_errors():
         main(*parse_settings())
-    except (OSError, ValueError, FloatingPointError) as error:
-        sys.exit(f"{type(error).__name__}: {error}")
