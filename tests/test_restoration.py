@@ -334,8 +334,11 @@ def test_missing_pixels_of_what_atoms_make_up_are_found():
         (lambda pipe, image: pipe.denoise(image, 0.1, 0), ValueError, "batch_size must be at least 1, got 0"),
         (lambda pipe, image: pipe.denoise(image, 0.1, output_type="x"), ValueError, "output_type must be one of"),
         (lambda pipe, image: pipe.calibrate_denoising(image, [0.2, 0.1]), ValueError, "noise_std must be .* rising"),
-        (lambda pipe, image: pipe.inpaint(image, np.zeros((8, 16))), ValueError,
-         r"mask must have the size of image 0, \(16, 16\), or the model's, \(16, 16\), got \(8, 16\)"),
+        (
+            lambda pipe, image: pipe.inpaint(image, np.zeros((8, 16))),
+            ValueError,
+            r"mask must have the size of image 0, \(16, 16\), or the model's, \(16, 16\), got \(8, 16\)",
+        ),
         (lambda pipe, image: pipe.inpaint(image, np.zeros((3, 16, 16))), ValueError, "one for each of 1, got 3"),
         (lambda pipe, image: pipe.inpaint(image, []), ValueError, "one for each of 1, got 0"),
         (lambda pipe, image: pipe.inpaint(image, np.full((16, 16), 0.5)), ValueError, "0 and 1 alone, got .*0.5"),
