@@ -24,7 +24,7 @@ logger = logging.getLogger(__name__)
 
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
 MAX_BYTES = 10_000_000  # of one image, encoded
-MAX_PIXELS = 25_000_000  # of one image, by its header
+MAX_PIXELS = 2**30 // 12  # of one image, by its header: the most that the image processor takes
 MAX_IMAGES = 64
 MAX_STEPS = 64
 TASKS = ("reconstruct", "encode", "interpolate")

@@ -408,7 +408,10 @@ def _sample(
         images, labels = draw_images(dataset, count, image_column=image_column, label_column=found or "none", read=read)
     except (OSError, ValueError) as error:
         _stop(str(error))
-    pixel_values = torch.cat(images)
-    if labels is None or any(label is None or label < 0 for label in labels):  # -1 stands for labels kept secret
-        return pixel_values, None, None
-    return pixel_values, torch.tensor(labels), getattr(dataset.features[found], "names", None)
+    if labels is None:
+        return torch.cat(images), None, None
+    if any(label is None or label < 0 for label in labels):  # -1 stands for labels kept secret
+        if label_column is not None:
+            _stop(f"--label_column must hold integers of at least 0, but {label_column!r} holds others: give none")
+        return torch.cat(images), None, None
+    return torch.cat(images), torch.tensor(labels), getattr(dataset.features[found], "names", None)

@@ -284,6 +284,29 @@ def test_fit_sampler_without_labels_seeks_groups(own_model: Path, image_folder: 
 
 
 @pytest.mark.parametrize(
+    ("command", "message"),
+    [
+        ("fit-sampler", "Error: labels must not be negative, got -1"),
+        ("inspect", "Error: --label_column must hold integers of at least 0, but 'label' holds others"),
+    ],
+)
+def test_labels_kept_secret_are_refused_where_they_are_asked_for(
+    command: str, message: str, own_model: Path, tmp_path: Path
+) -> None:
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.Value("int64")})
+    photos = [Image.effect_noise((16, 16), 50).convert("RGB") for _ in range(8)]
+    rows = datasets.Dataset.from_dict({"image": photos, "label": [-1] * 8}, features=features)
+    (tmp_path / "data").mkdir()
+    rows.to_parquet(tmp_path / "data" / "test.parquet")
+    data = ["--dataset_name", str(tmp_path / "data"), "--split", "test", "--label_column", "label"]
+    output = ["--output", str(tmp_path / "out")] if command == "inspect" else []
+    result = CliRunner().invoke(app, [command, "--model", str(own_model), *data, *output])
+    assert result.exit_code == 1
+    assert message in result.output
+    assert not (own_model / "sampler").exists() and not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["--image_column", "img"], "Error: --image_column must be one of ['image', 'label'], got 'img'"),

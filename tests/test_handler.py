@@ -26,6 +26,7 @@ from test_hub import WITHOUT_THE_PACKAGE
 
 from ctrl_csc_hf import CtrlCscImageProcessor, CtrlCscModel
 from ctrl_csc_hf.hub import export
+from ctrl_csc_hf.image_processing_ctrl_csc import MOST_PIXELS
 
 
 def encoded(image: Image.Image, form: str = "PNG", **options: Any) -> bytes:
@@ -196,7 +197,7 @@ def test_many_large_images_do_not_lie_in_memory_together(endpoint: Endpoint) -> 
 
 GOOD = text(encoded(picture()))
 PNG, JPEG = encoded(picture()), encoded(picture(), "JPEG")
-BOMB = png_that_claims(5000, 5001, zlib.compress(b"\0" * 75_030_001))
+BOMB = png_that_claims(9460, 9459, zlib.compress(b"\0" * (3 * 9460 + 1) * 9459))
 EXIF = encoded(picture(), "WEBP", exif=b"Exif\0\0II*\0\x08\0\0\0\x01\0\x12\x01\x03\0\x01\0\0\0\x01\0\0\0\0\0\0\0")
 
 
@@ -245,8 +246,8 @@ BAD: dict[str, tuple[Any, str]] = {
     "half a JPEG": ({"inputs": text(JPEG[:-40])}, "inputs[0] must be a whole image"),
     "PNG without pixels": ({"inputs": text(png_that_claims(4, 4))}, "inputs[0] must be a whole image"),
     "PNG of size zero": ({"inputs": text(png_that_claims(0, 4))}, "inputs[0] must be"),
-    "huge by its header": ({"inputs": text(png_that_claims(2**30, 2**30))}, "must have at most 25000000 pixels"),
-    "bomb": ({"inputs": text(BOMB)}, "must have at most 25000000 pixels, got 5000 x 5001"),
+    "huge by its header": ({"inputs": text(png_that_claims(2**30, 2**30))}, "must have at most 89478485 pixels"),
+    "bomb": ({"inputs": text(BOMB)}, f"must have at most {MOST_PIXELS} pixels, got 9460 x 9459"),
     "too many bytes": ({"inputs": "A" * 13_400_000}, "inputs[0] must have 1 to 10000000 bytes, got 10050000"),
     "thin": ({"inputs": text(encoded(Image.new("L", (1001, 1))))}, "inputs[0] must be an image that the model takes"),
     "very thin": ({"inputs": text(encoded(Image.new("L", (25_000_000, 1))))}, "a side must be at most 1000 times"),
@@ -285,7 +286,7 @@ BAD_RAW: dict[str, tuple[bytes, str]] = {
     "raw nothing": (b"", "inputs[0] must have 1 to 10000000 bytes, got 0"),
     "raw text": (b"hello", "must be an image of the formats"),
     "raw half a PNG": (PNG[:-60], "must be a whole image"),
-    "raw bomb": (BOMB, "must have at most 25000000 pixels"),
+    "raw bomb": (BOMB, "must have at most 89478485 pixels"),
 }
 
 

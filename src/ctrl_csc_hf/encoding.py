@@ -134,7 +134,8 @@ def reservoir(
     size = count + count // 10 + SPARE_ROWS
     drawn: list[tuple[float, str, Row]] = []  # a heap, the largest random number first
     seen, labels = 0, Counter[Any]()
-    for visited, shard in enumerate(generator.permutation(shards.num_shards).tolist()):
+    order = generator.permutation(shards.num_shards).tolist()
+    for visited, shard in enumerate(tqdm(order, desc="shards read for a sample")):
         if visited >= SAMPLED_SHARDS and seen >= SAMPLED_ROWS * size:
             break
         batches = shards.shard(shards.num_shards, shard).iter(ROWS_AT_ONCE)
