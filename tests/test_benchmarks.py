@@ -94,7 +94,7 @@ def test_rival_step_moves_the_encoder_as_ours_does():
     rivals = importlib.import_module("rivals")
     torch.manual_seed(0)
     shape = {"image_size": 8, "latent_dim": 4, "stage_channels": [4, 5]}
-    shape |= {"kernel_sizes": [4, 4, 2], "strides": [2, 2, 1], "paddings": [1, 1, 0]}
+    shape |= {"kernel_sizes": [4, 4, 2], "strides": [2, 2, 1], "paddings": [1, 1, 0], "share_dictionaries": False}
     ours = CtrlCscModel(CtrlCscConfig(**shape)).double().train()
     ours.project_parameters()
     theirs = copy.deepcopy(ours)
@@ -110,7 +110,7 @@ def test_rival_step_moves_the_encoder_as_ours_does():
 def test_memory_table_counts_the_state_and_what_a_step_keeps():
     memory = importlib.import_module("memory")
     fields = {"image_size": 8, "latent_dim": 4, "stage_channels": [4], "kernel_sizes": [4, 4], "strides": [2, 1],
-              "paddings": [1, 0]}  # fmt: skip
+              "paddings": [1, 0], "share_dictionaries": False}  # fmt: skip
     model = CtrlCscModel(CtrlCscConfig(**fields))
     parameters = 2 * (4 * 3 * 16 + 2 * 4 + 4 * 4 * 16) + 2 * 3
     assert memory.state_bytes(model) == 5 * 4 * parameters
