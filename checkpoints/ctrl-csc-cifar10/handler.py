@@ -1,8 +1,8 @@
 """Inference Endpoints: reconstructs, encodes and interpolates images by the model beside this file.
 
 In, as JSON: {"inputs": IMAGE or [IMAGE, ...], "parameters": {"task": "reconstruct" | "encode" | "interpolate",
-"num_steps": 8}}, where IMAGE is base64 or a data URI; or the bytes of one image, as the Hub's image-to-image widget
-sends them. Out: {"images": [base64 PNG, ...]}, or {"latents": [[...], ...]} for "encode", or one PIL image where
+"num_steps": 8}}, where IMAGE is base64 or a data URI; or the bytes of one image, as the widgets of Inference Endpoints
+send them. Out: {"images": [base64 PNG, ...]}, or {"latents": [[...], ...]} for "encode", or one PIL image where
 bytes came in. What cannot be answered gives {"error": "one line"}.
 """
 
@@ -24,7 +24,7 @@ logger = logging.getLogger(__name__)
 
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
 MAX_BYTES = 10_000_000  # of one image, encoded
-MAX_PIXELS = 25_000_000  # of one image, by its header
+MAX_PIXELS = 2**30 // 12  # of one image, by its header: the most that the image processor takes
 MAX_IMAGES = 64
 MAX_STEPS = 64
 TASKS = ("reconstruct", "encode", "interpolate")

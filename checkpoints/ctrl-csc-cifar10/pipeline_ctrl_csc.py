@@ -249,7 +249,7 @@ class CtrlCscPipeline(DiffusionPipeline):
                 rest, such as `dtype` and `device_map`, is passed to `AutoModel.from_pretrained`.
 
         Raises:
-            OSError: if model or image processor are not there.
+            OSError, ValueError: if model or image processor are not there.
         """
         name = str(pretrained_model_name_or_path)
         given = {part: kwargs.pop(part) for part in ("model", "image_processor", SAMPLER) if part in kwargs}

@@ -64,7 +64,8 @@ class Model(PreTrainedModel):
     config_class = Config
 
     def __new__(cls, config: Any) -> Any:  # without weights, to measure it for device_map="balanced"
-        return AutoModel.from_config(config, trust_remote_code=True)
+        with torch.device("meta"):
+            return AutoModel.from_config(config, trust_remote_code=True)
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str, **kwargs: Any) -> Any:

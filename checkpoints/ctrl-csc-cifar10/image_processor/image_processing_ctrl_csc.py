@@ -4,7 +4,7 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, ImageOps
 from transformers.image_processing_backends import PilBackend
 from transformers.image_transforms import get_resize_output_image_size
 from transformers.image_utils import ChannelDimension, SizeDict
@@ -208,13 +208,14 @@ def _to_rgb(image: Any, name: str, layout: ChannelDimension | None) -> np.ndarra
     if pixels.size == 0:
         raise ValueError(f"{name} has shape {pixels.shape}: it must have at least one pixel")
     pixels = _to_uint8_or_unit_range(_channels_first(pixels, name, layout), name)
-    return np.repeat(pixels, 3 // len(pixels), axis=0)
+    return np.broadcast_to(pixels, (3, *pixels.shape[1:]))
 
 
 def _pil_pixels(image: Image.Image, name: str) -> np.ndarray:
     """(height, width), uint16 or float32, or (height, width, 3), uint8."""
     check_sides(image.height, image.width, name)  # by its header
-    image = ImageOps.exif_transpose(image)
+    if image.getexif().get(ExifTags.Base.Orientation, 1) != 1:  # or else it would be copied
+        image = ImageOps.exif_transpose(image)
     if image.mode == "F":
         return np.asarray(image)
     if image.mode.startswith("I"):  # 16 bits; PIL's own conversion to RGB clips at 255
@@ -228,7 +229,7 @@ def _pil_pixels(image: Image.Image, name: str) -> np.ndarray:
     if image.has_transparency_data:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    return np.asarray(image.convert("RGB"))
+    return np.asarray(image if image.mode == "RGB" else image.convert("RGB"))
 
 
 def _channels_first(pixels: np.ndarray, name: str, layout: ChannelDimension | None) -> np.ndarray:
