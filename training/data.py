@@ -8,7 +8,6 @@ import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from io import BytesIO
 from itertools import product
 from pathlib import Path
 from typing import Any, Literal
@@ -17,12 +16,11 @@ import datasets
 import numpy as np
 import pyarrow as pa
 import torch
-from datasets.utils.file_utils import xopen
 from PIL import ExifTags, Image, ImageOps
 from torch import Tensor
 
-from ctrl_csc_hf.encoding import ImageDataset, draw_images, draw_rows, find_columns, reservoir, undecoded
-from ctrl_csc_hf.image_processing_ctrl_csc import CtrlCscImageProcessor, check_sides
+from ctrl_csc_hf.encoding import ImageDataset, draw_images, draw_rows, find_columns, open_image, reservoir, undecoded
+from ctrl_csc_hf.image_processing_ctrl_csc import CtrlCscImageProcessor
 
 logger = logging.getLogger(__name__)
 
@@ -259,14 +257,7 @@ def decode(
     Raises:
         Exception: what PIL raises, of nearly every kind, for what it cannot read.
     """
-    if encoded is None or (encoded["bytes"] is None and encoded["path"] is None):
-        raise ValueError("the image is null")
-    data = encoded["bytes"]
-    if data is None:
-        with xopen(encoded["path"], "rb") as file:
-            data = file.read()
-    image = Image.open(BytesIO(data))
-    check_sides(image.height, image.width)  # by its header
+    image = open_image(encoded)
     if image.getexif().get(ExifTags.Base.Orientation, 1) != 1:
         ImageOps.exif_transpose(image, in_place=True)  # decodes it, at its full size
     if image.mode not in ("RGB", "L") or image.has_transparency_data:

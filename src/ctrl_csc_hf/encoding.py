@@ -5,17 +5,20 @@ import logging
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from io import BytesIO
 from itertools import islice
 from typing import Any, TypeAlias
 
 import datasets
 import numpy as np
 import torch
+from datasets.utils.file_utils import xopen
 from PIL import Image
 from torch import Tensor
 from tqdm.auto import tqdm
 from transformers.image_processing_utils import BaseImageProcessor
 
+from .image_processing_ctrl_csc import check_sides
 from .modeling_ctrl_csc import CtrlCscModel
 
 logger = logging.getLogger(__name__)
@@ -99,9 +102,9 @@ def draw_images(
     dataset, image_column, label_column = undecoded(dataset, image_column, label_column)
     images: list[Any] = []
     labels: list[Any] = []
-    for image, row in _readable(draw_rows(dataset, count, seed), image_column, read or open_image):
+    for image, row in _readable(draw_rows(dataset, count, seed), image_column, read or load_image):
         images.append(image)
-        labels.append(row.get(label_column))
+        labels.append(row[label_column] if label_column else None)
         if len(images) == count:
             break
     if not images:
@@ -143,7 +146,7 @@ def reservoir(
             entry = (-generator.random(), f"{shard}:{position}", row)
             heapq.heappush(drawn, entry) if len(drawn) < size else heapq.heappushpop(drawn, entry)
             seen += 1
-            labels[row.get(label_column)] += 1
+            labels[row[label_column] if label_column else None] += 1
     return [(key, row) for _, key, row in sorted(drawn, reverse=True, key=lambda entry: entry[0])], seen, labels
 
 
@@ -198,10 +201,28 @@ def undecoded(
 
 
 def open_image(encoded: dict[str, Any] | None) -> Image.Image:
-    """A PIL image of {"bytes", "path"}; what PIL raises, of nearly every kind, for what it cannot read."""
-    if encoded is None:
+    """A PIL image, its pixels not yet read, of {"bytes", "path"}.
+
+    Raises:
+        ValueError: for a null image, and for sides that `check_sides` refuses.
+        Exception: what PIL and file systems raise, of nearly every kind, for what they cannot read.
+    """
+    if encoded is None or (encoded["bytes"] is None and encoded["path"] is None):
         raise ValueError("the image is null")
-    return datasets.Image().decode_example(encoded)
+    data = encoded["bytes"]
+    if data is None:
+        with xopen(encoded["path"], "rb") as file:
+            data = file.read()
+    image = Image.open(BytesIO(data))
+    check_sides(image.height, image.width)
+    return image
+
+
+def load_image(encoded: dict[str, Any] | None) -> Image.Image:
+    """`open_image`, with the pixels read."""
+    image = open_image(encoded)
+    image.load()
+    return image
 
 
 def name_of(encoded: dict[str, Any] | None, key: str) -> str:
@@ -238,6 +259,7 @@ def _batches(
     def pixels(encoded: dict[str, Any] | None) -> Tensor:
         return image_processor(open_image(encoded), return_tensors="pt").pixel_values
 
+    rows: Iterator[tuple[str, Row]]
     if num_images is None:
         rows = ((str(index), row) for index, row in enumerate(r for b in dataset.iter(batch_size) for r in rows_of(b)))
     else:
