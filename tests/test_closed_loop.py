@@ -21,6 +21,7 @@ CONFIG = {
     "latent_dim": 6,
     "sparsity": 0.05,
     "ridge": 0.1,
+    "num_iterations": 2,
 }
 SHAPES = list(zip(CONFIG["strides"], CONFIG["paddings"], strict=True))
 ARCHITECTURES = list(itertools.product([False, True], ["batch_norm", "inverse"]))
@@ -116,8 +117,8 @@ class Reference:
         vector = F.conv2d(signal, self.theta["last_stage.dictionary"])
         misfit = signal - F.conv_transpose2d(vector, self.theta["last_stage.dictionary"])
         energy = energy + (misfit**2 / 2).sum(dim=(1, 2, 3))
-        vector = vector[:, :, 0, 0]
-        length = ((vector**2).sum(dim=1, keepdim=True) + 1e-6).sqrt()
+        vector = vector[:, :, 0, 0] + 1e-3 * torch.eye(vector.shape[1])[0]
+        length = (vector**2).sum(dim=1, keepdim=True).sqrt()
         if update:
             statistics = self.statistics["encoder"]
             statistics["latent_norm"] = 0.9 * statistics["latent_norm"] + 0.1 * length.detach().mean()

@@ -77,12 +77,12 @@ class SquaredErrorLoop(ClosedLoop):
         players: Sequence[str] = ("encoder", "decoder"),
     ) -> ClosedLoopFigures:
         """Adds the squared error's gradients; the figures are the game's, their two losses the squared error."""
-        z = self.model.encoder(pixel_values).latents
-        xh = self.model.decoder(z).reconstruction
+        z = self.model.encode(pixel_values).latents
+        xh = self.model.decode(z).reconstruction
         count = sum_over_processes(torch.tensor(len(z), device=z.device))
         loss = (pixel_values - xh.float()).square().flatten(1).mean(dim=1).sum() / count
         with torch.no_grad():
-            zh = self.model.encoder(xh, update_statistics=False, reuse_statistics=self.reuse_statistics).latents
+            zh = self.model.encode(xh, update_statistics=False, reuse_statistics=self.reuse_statistics).latents
             _, rates = self.objective.utility(z, zh, labels)
             consistency = self.objective.self_consistency(z, zh).sum() / count
         figures = self._figures(pixel_values, xh, loss.new_zeros(()), rates, consistency, loss, loss, count)

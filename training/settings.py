@@ -10,7 +10,6 @@ from transformers import HfArgumentParser
 
 from ctrl_csc_hf import CtrlCscConfig
 from ctrl_csc_hf.closed_loop import STATISTICS, ClosedLoop, ClosedLoopObjective
-from ctrl_csc_hf.configuration_ctrl_csc import default_stages
 from ctrl_csc_hf.presets import load_preset
 
 # A loss scaler would have to serve two players with one backward pass; bf16 needs none.
@@ -26,6 +25,7 @@ OF_THE_DATA_SET = (
     "dataset_name", "dataset_config_name", "train_split", "validation_split", "image_column", "label_column",
     "streaming",
 )  # fmt: skip
+STAGES = ("stage_channels", "kernel_sizes", "strides", "paddings")  # of a configuration, chosen by its image size
 # Settings that may not change when a run is resumed: the steps before would have been other ones, or the images' order.
 FIXED = (
     "dataset_config_name", "deconvolution_warmup_steps", "encoder", "energy_warmup_steps",
@@ -236,6 +236,6 @@ def parse_settings(arguments: list[str] | None = None) -> tuple[TrainingSettings
     settings = TrainingSettings(**{name: namespace[name] for name in known})
     model = preset["model"]
     if settings.resolution not in (None, model.get("image_size")):
-        model = {name: value for name, value in model.items() if name not in default_stages(settings.resolution)}
+        model = {name: value for name, value in model.items() if name not in STAGES}
         model["image_size"] = settings.resolution
     return settings, ENCODERS[settings.encoder](**model)

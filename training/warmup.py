@@ -22,7 +22,7 @@ FIT_ITERATIONS = 30
 
 def sparse_coding_energy(model: CtrlCscModel, images: Tensor) -> Tensor:
     """E, the energies of the encoder's stages in all, per pixel: images (n, C, H, W) -> (n,). Not of the decoder."""
-    return model.encoder(images, output_energy=True).energy
+    return model.encode(images, output_energy=True).energy
 
 
 def deconvolution_error(model: CtrlCscModel, images: Tensor) -> Tensor:
@@ -30,7 +30,7 @@ def deconvolution_error(model: CtrlCscModel, images: Tensor) -> Tensor:
 
     E sees one stage at a time; what one of them misses is lost to the next.
     """
-    reconstruction = model.decoder(model.encoder(images).latents).reconstruction
+    reconstruction = model.decode(model.encode(images).latents).reconstruction
     return (images - reconstruction.float()).square().flatten(1).mean(dim=1) / 2
 
 
@@ -125,7 +125,7 @@ def invert_encoder(model: CtrlCscModel, images: Tensor) -> None:
     if model.config.decoder_normalization == "inverse":
         return
     *sizes, _ = model.config.signal_sizes
-    encoded = encoder(images, output_codes=True, update_statistics=False)
+    encoded = model.encode(images, output_codes=True, update_statistics=False)
     signal = encoded.latents[:, :, None, None] * encoder.latent_norm
     signal = decoder.last_stage.synthesize(signal, (sizes[-1], sizes[-1]))
     for index in reversed(range(len(sizes) - 1)):

@@ -20,9 +20,10 @@ from torch.optim import Optimizer
 from .distributed import gather_for_all, num_processes, sum_for_all, sum_gradients, sum_over_processes
 from .modeling_ctrl_csc import CtrlCscModel
 from .rate_reduction import (
+    check_precision,
     cosine_distance,
-    multiclass_objective,
     multiclass_objective_of_moments,
+    multiclass_objective_of_pair,
     rates_of_moments,
     rates_of_pair,
     sample_rate_reduction,
@@ -103,7 +104,7 @@ class ClosedLoopObjective:
             if num_processes() > 1:
                 latents, reconstructed, labels = (gather_for_all(rows) for rows in (latents, reconstructed, labels))
             rates = rates_of_pair(latents, reconstructed, **options)
-            multi = partial(multiclass_objective, latents, reconstructed, labels, classes, **options)
+            multi = partial(multiclass_objective_of_pair, latents, reconstructed, labels, classes, **options)
         reduction, rate, reconstructed_rate = rates
         utilities: dict[str, Callable[[], Tensor]] = {
             "binary": lambda: reduction,
@@ -153,7 +154,8 @@ class ClosedLoop:
             "images": by those of the batch of images, as constants, so that f is one map.
 
     Raises:
-        ValueError: for an unknown `play` or `reconstruction_statistics`.
+        ValueError: for an unknown `play` or `reconstruction_statistics`, and for a distortion that is too small for the
+            coding rates of unit vectors to be exact.
         FloatingPointError: from `step`, where a loss is not finite; no optimiser has stepped with it.
     """
 
@@ -173,6 +175,7 @@ class ClosedLoop:
             raise ValueError(
                 f"reconstruction_statistics must be one of {STATISTICS}, got {reconstruction_statistics!r}"
             )
+        check_precision("latents", torch.eye(1, model.config.latent_dim, device=model.device), objective.distortion)
         self.model = model
         self.objective = objective
         self.optimizers = (encoder_optimizer, decoder_optimizer)
@@ -213,27 +216,28 @@ class ClosedLoop:
         its own. The decoder's is dL_g/dxh, pushed through g; dL_g/dxh = -dL_f/dxh where S has no weight, and
         otherwise takes a second backward pass through f, by its input alone.
         """
-        objective, encoder, decoder = self.objective, self.model.encoder, self.model.decoder
+        objective, model = self.objective, self.model
         encoder_plays, decoder_plays = "encoder" in players, "decoder" in players
         with torch.set_grad_enabled(encoder_plays):
-            encoded = encoder(pixel_values, output_energy=objective.energy > 0, update_statistics=encoder_plays)
+            with_energy = encoder_plays and objective.energy > 0
+            encoded = model.encode(pixel_values, output_energy=with_energy, update_statistics=encoder_plays)
         z = encoded.latents
         with torch.set_grad_enabled(decoder_plays):
-            xh = decoder(z.detach(), update_statistics=decoder_plays).reconstruction
+            xh = model.decode(z.detach(), update_statistics=decoder_plays).reconstruction
         second_input = xh.detach().requires_grad_(decoder_plays)
-        zh = encoder(second_input, update_statistics=False, reuse_statistics=self.reuse_statistics).latents
+        zh = model.encode(second_input, update_statistics=False, reuse_statistics=self.reuse_statistics).latents
 
         count = sum_over_processes(torch.tensor(len(z), device=z.device))
         utility, rates = objective.utility(z, zh, labels)
         consistency = objective.self_consistency(z, zh).sum() / count
         encoder_loss = -utility + objective.encoder_consistency * consistency
         decoder_loss = utility + objective.decoder_consistency * consistency
-        if encoder_plays and objective.energy:
+        if encoded.energy is not None:
             encoder_loss = encoder_loss + objective.energy * encoded.energy.sum() / count
         if encoder_plays and objective.augmentation_consistency:
             if augmented is None:
                 raise ValueError("augmented must be given where augmentation_consistency is above 0, got None")
-            z_augmented = encoder(augmented, update_statistics=False).latents
+            z_augmented = model.encode(augmented, update_statistics=False).latents
             apart = objective.self_consistency(z, z_augmented).sum() / count
             encoder_loss = encoder_loss + objective.augmentation_consistency * apart
         figures = self._figures(pixel_values, xh, utility, rates, consistency, encoder_loss, decoder_loss, count)
@@ -244,12 +248,12 @@ class ClosedLoop:
         pure_game = objective.encoder_consistency == objective.decoder_consistency == 0
         if encoder_plays and decoder_plays and pure_game:
             encoder_loss.backward()
-            xh.backward(-second_input.grad)
+            xh.backward(-second_input.grad)  # type: ignore[operator]  # it has one
         else:
             if decoder_plays:
                 (xh_gradient,) = torch.autograd.grad(decoder_loss, second_input, retain_graph=encoder_plays)
             if encoder_plays:
-                encoder_loss.backward(inputs=[p for p in encoder.parameters() if p.requires_grad])
+                encoder_loss.backward(inputs=[p for p in model.encoder.parameters() if p.requires_grad])
             if decoder_plays:
                 xh.backward(xh_gradient)
         return figures

@@ -8,6 +8,40 @@ from transformers import PreTrainedConfig
 
 GRADIENTS = ("unrolled", "implicit")
 DECODER_NORMALIZATIONS = ("batch_norm", "inverse")
+LARGEST_LAST_SIDE = 8
+
+
+def default_stages(image_size: int, halvings: int | None = None) -> dict[str, list[int]]:
+    """The stages of a model of images of this side: `stage_channels`, `kernel_sizes`, `strides` and `paddings`.
+
+    Stages of 4x4 kernels and stride 2 halve the side, with 64, 128, 256, 512, 512, ... atoms. The kernel of the last
+    stage is the side that is left.
+
+    Args:
+        image_size: in pixels.
+        halvings: number of stages before the last one; by default as many as bring the side to 8 or less, and at least
+            two.
+
+    Raises:
+        ValueError: for an `image_size` that cannot be halved so often.
+    """
+    if halvings is None:
+        halvings = 2
+        while image_size // 2**halvings > LARGEST_LAST_SIDE:
+            halvings += 1
+    side = image_size // 2**halvings
+    _require(
+        side >= 1,
+        "image_size",
+        image_size,
+        f"at least {2**halvings} for {halvings} stages of stride 2; give kernel_sizes, strides and paddings for others",
+    )
+    return {
+        "stage_channels": [min(64 * 2**stage, 512) for stage in range(halvings)],
+        "kernel_sizes": [4] * halvings + [side],
+        "strides": [2] * halvings + [1],
+        "paddings": [1] * halvings + [0],
+    }
 
 
 @strict
@@ -17,16 +51,17 @@ class _StrictCtrlCscConfig(PreTrainedConfig):
     image_size: int = 32
     num_channels: int = 3
     latent_dim: int = 128
-    stage_channels: list[int] | tuple[int, ...] = (64, 128, 256)
-    kernel_sizes: list[int] | tuple[int, ...] = (4, 4, 4, 4)
-    strides: list[int] | tuple[int, ...] = (2, 2, 2, 1)
-    paddings: list[int] | tuple[int, ...] = (1, 1, 1, 0)
-    sparsity: float | int = 0.1
+    # Without a value of their own, the stages are those of `default_stages`.
+    stage_channels: list[int] | tuple[int, ...] = ()
+    kernel_sizes: list[int] | tuple[int, ...] = ()
+    strides: list[int] | tuple[int, ...] = ()
+    paddings: list[int] | tuple[int, ...] = ()
+    sparsity: float | int = 0.02
     ridge: float | int = 0.0
-    num_iterations: int = 2
+    num_iterations: int = 8
     gradient: str = "unrolled"
     denoising_sparsity: list[list[float | int]] | None = None
-    share_dictionaries: bool = False
+    share_dictionaries: bool = True
     decoder_normalization: str = "batch_norm"
     decoder_affine: bool = True
     tie_word_embeddings: bool = True
@@ -36,13 +71,14 @@ class CtrlCscConfig(_StrictCtrlCscConfig):
     r"""Configuration of `CtrlCscModel`, `CtrlCscEncoder` and `CtrlCscDecoder`.
 
     Args:
-        image_size (`int`): side of the square images, in pixels. The strides must bring it to 1x1 at the last stage.
+        image_size (`int`): side of the square images, in pixels. The stages must bring it to 1x1. Alone it is enough:
+            the stages are then those of `default_stages`.
         num_channels (`int`): channels of the images.
         latent_dim (`int`): d, the length of the unit vector that stands for an image.
-        stage_channels (`list[int]`): number of atoms of every sparse-coding stage, from pixels inwards. One last
-            stage, linear and with `latent_dim` atoms, follows them.
-        kernel_sizes, strides, paddings (`list[int]`): of every stage, the last one included, so one entry more
-            than `stage_channels`.
+        stage_channels (`list[int]`, *optional*): number of atoms of every sparse-coding stage, from pixels inwards.
+            One last stage, linear and with `latent_dim` atoms, follows them. They may be given alone, too.
+        kernel_sizes, strides, paddings (`list[int]`, *optional*): of every stage, the last one included, so one entry
+            more than `stage_channels`.
         sparsity (`float`): lambda, the weight of |z|_1 in every sparse-coding stage.
         ridge (`float`): mu, the weight of |z|^2 / 2.
         num_iterations (`int`): FISTA steps of every sparse-coding stage.
@@ -71,6 +107,9 @@ class CtrlCscConfig(_StrictCtrlCscConfig):
             super().__init__(**kwargs)
         except StrictDataclassError as error:  # a wrong type; as a rule it is no ValueError
             raise ValueError(str(error)) from error
+        for field in ("stage_channels", "kernel_sizes", "strides", "paddings"):
+            if field not in kwargs:
+                setattr(self, field, default_stages(self.image_size, len(self.stage_channels) or None)[field])
         self._check()
 
     @classmethod
@@ -78,7 +117,10 @@ class CtrlCscConfig(_StrictCtrlCscConfig):
         # transformers would only warn, and fill in defaults.
         model_type = config_dict.get("model_type")
         _require(model_type in (None, cls.model_type), "model_type", model_type, f"{cls.model_type!r}")
-        return super().from_dict(config_dict, **kwargs)
+        loaded = super().from_dict(config_dict, **kwargs)
+        config = loaded[0] if isinstance(loaded, tuple) else loaded
+        config._check()  # with what was given to `from_pretrained`
+        return loaded
 
     @property
     def signal_sizes(self) -> list[int]:
@@ -144,4 +186,4 @@ def _require(condition: bool, field: str, value: object, allowed: str) -> None:
         raise ValueError(f"{field}={value!r} is not allowed: it must be {allowed}")
 
 
-__all__ = ["CtrlCscConfig"]
+__all__ = ["CtrlCscConfig", "default_stages"]

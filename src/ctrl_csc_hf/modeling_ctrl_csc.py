@@ -5,7 +5,6 @@ Dai et al., "Closed-Loop Transcription via Convolutional Sparse Coding", CPAL 20
     image x -> encoder f -> latents z, unit vectors -> decoder g -> reconstruction xh (-> f -> zh)
 """
 
-import importlib
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -18,12 +17,13 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
+from transformers.utils.generic import can_return_tuple
 
 from .batch_norm import BatchNorm
 from .configuration_ctrl_csc import CtrlCscConfig
 from .sparse_coding import ConvolutionalDictionary, ConvolutionalSparseCoding
 
-LATENT_EPS = 1e-6  # in z / sqrt(|z|^2 + eps)
+LATENT_OFFSET = 1e-3  # added to a latent's first coordinate before it is scaled to unit length
 SMALLEST_GAMMA = 0.05  # of a batch norm that the decoder inverts
 # Of `from_pretrained`: where a file lies.
 HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "revision", "subfolder", "token")
@@ -33,12 +33,16 @@ HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "revision", 
 class CtrlCscEncoderOutput(ModelOutput):
     """
     latents: (n, latent_dim), unit vectors.
+    pooler_output: the latents again, under the name that transformers' vision models give an image's features.
+    hidden_states: the codes of every sparse-coding stage, as `codes`; where asked for.
     codes: of every sparse-coding stage (n, stage_channels[l], h_l, w_l), non-negative; where asked for.
     energy: (n,), the sparse-coding energies of all stages, the last with lambda = 0, summed and divided by the
         image's pixels; where asked for.
     """
 
     latents: Tensor = None  # type: ignore[assignment]  # ModelOutput wants a default
+    pooler_output: Tensor = None  # type: ignore[assignment]
+    hidden_states: tuple[Tensor, ...] | None = None
     codes: tuple[Tensor, ...] | None = None
     energy: Tensor | None = None
 
@@ -47,23 +51,30 @@ class CtrlCscEncoderOutput(ModelOutput):
 class CtrlCscDecoderOutput(ModelOutput):
     """
     reconstruction: (n, num_channels, image_size, image_size), pixels in [-1, 1].
+    hidden_states: the decoder's codes of every stage (n, stage_channels[l], h_l, w_l), non-negative, in the encoder's
+        order, from pixels inwards; where asked for.
     """
 
     reconstruction: Tensor = None  # type: ignore[assignment]
+    hidden_states: tuple[Tensor, ...] | None = None
 
 
 @dataclass
 class CtrlCscModelOutput(ModelOutput):
     """
-    reconstruction: xh (n, num_channels, image_size, image_size), pixels in [-1, 1].
     latents: z (n, latent_dim), unit vectors.
+    reconstruction: xh (n, num_channels, image_size, image_size), pixels in [-1, 1].
+    pooler_output: the latents again, under the name that transformers' vision models give an image's features.
     reconstructed_latents: zh = f(xh), (n, latent_dim); where asked for, at the cost of a second encoding.
+    hidden_states: the codes of every sparse-coding stage of the encoder, as `codes`; where asked for.
     codes: of every sparse-coding stage (n, stage_channels[l], h_l, w_l), non-negative; where asked for.
     """
 
-    reconstruction: Tensor = None  # type: ignore[assignment]
     latents: Tensor = None  # type: ignore[assignment]
+    reconstruction: Tensor = None  # type: ignore[assignment]
+    pooler_output: Tensor = None  # type: ignore[assignment]
     reconstructed_latents: Tensor | None = None
+    hidden_states: tuple[Tensor, ...] | None = None
     codes: tuple[Tensor, ...] | None = None
 
 
@@ -145,8 +156,16 @@ class CtrlCscPreTrainedModel(PreTrainedModel):
             nn.init.ones_(module.latent_norm)
         elif isinstance(module, CtrlCscEncoder):
             nn.init.ones_(module.latent_norm)
+            module.reset_running_variances()
         else:
             super()._init_weights(module)
+
+    def _wants_hidden_states(self, output_hidden_states: bool | None) -> bool:
+        return bool(self.config.output_hidden_states if output_hidden_states is None else output_hidden_states)
+
+    def _check_batch(self, name: str, batch: Tensor) -> None:
+        if self.training and batch.shape[0] == 0:
+            raise ValueError(f"{name} must not be empty in training, which needs a batch's statistics: got no image")
 
     def _run_stage(self, stage: Callable[[Tensor, bool], Any], signal: Tensor, update_statistics: bool) -> Any:
         """stage(signal, update_statistics), by gradient checkpointing where that is on."""
@@ -174,15 +193,30 @@ def _encode_stage(
 
 def _decode_stage(
     stage: ConvolutionalDictionary, norm: BatchNorm, size: int, inverse: bool, signal: Tensor, update_statistics: bool
-) -> Tensor:
+) -> tuple[Tensor, Tensor]:
     codes = F.relu(norm.inverse(signal) if inverse else norm(signal, update_statistics))
-    return stage.synthesize(codes, (size, size))
+    return codes, stage.synthesize(codes, (size, size))
+
+
+def _unit_vectors(vectors: Tensor) -> tuple[Tensor, Tensor]:
+    """v + 1e-3 e_1 scaled to unit length, and that length, in float32 or better: (n, d) -> (n, d), (n, 1).
+
+    The offset gives the zero vector a direction and bounds the gradient around it. Rows are divided by their largest
+    entry first, so that no square overflows or vanishes.
+    """
+    vectors = vectors.to(torch.promote_types(vectors.dtype, torch.float32))
+    vectors = vectors + F.pad(vectors.new_full((1,), LATENT_OFFSET), (0, vectors.shape[1] - 1))
+    largest = vectors.detach().abs().amax(dim=1, keepdim=True)
+    scaled = vectors / largest
+    length = torch.linalg.vector_norm(scaled, dim=1, keepdim=True)
+    return scaled / length, largest * length.detach()
 
 
 class CtrlCscEncoder(CtrlCscPreTrainedModel):
     """f: stages of [sparse coding, batch norm], then a linear stage to one vector, scaled to unit length.
 
-    The last stage is the adjoint alone, and signed: a non-negative one would confine the latents to one orthant.
+    The last stage is the adjoint alone, and signed: a non-negative one would confine the latents to one orthant. The
+    latents of any finite image are unit vectors, see `_unit_vectors`.
     """
 
     base_model_prefix = "encoder"
@@ -211,6 +245,18 @@ class CtrlCscEncoder(CtrlCscPreTrainedModel):
         self.register_buffer("latent_norm", torch.ones(()))
         self.post_init()
 
+    @torch.no_grad()
+    def reset_running_variances(self) -> None:
+        """Running variances of a new model: those of codes of white noise, so that no stage falls silent in evaluation.
+
+        A FISTA step from zero is 0.9 / |A|^2 A*(x), and atoms are unit: codes have a deviation of about 1 / |A|^2. With
+        a running variance of 1 each stage's signal would be that much smaller than the last, and soon below lambda.
+        """
+        for stage, norm in zip(self.stages, self.norms, strict=True):
+            if isinstance(stage, ConvolutionalSparseCoding) and not _is_loaded(norm.running_var):
+                norm.running_var.copy_(stage.operator_norm**-4)
+
+    @can_return_tuple
     def forward(
         self,
         pixel_values: Tensor,
@@ -218,6 +264,7 @@ class CtrlCscEncoder(CtrlCscPreTrainedModel):
         output_energy: bool = False,
         update_statistics: bool = True,
         reuse_statistics: bool = False,
+        output_hidden_states: bool | None = None,
     ) -> CtrlCscEncoderOutput:
         """
         Args:
@@ -228,23 +275,29 @@ class CtrlCscEncoder(CtrlCscPreTrainedModel):
                 norms. Reconstructed images must not.
             reuse_statistics: in training, whether to normalise by the statistics of the batch before, as constants,
                 instead of by those of this one: then f is the same map for both.
+            output_hidden_states: whether to return the codes as `hidden_states`; by default as the configuration says.
+            return_dict: whether to return a `CtrlCscEncoderOutput` rather than a tuple of what it holds; by default as
+                the configuration says.
 
         Raises:
-            ValueError: if the images do not have the size and channels of the configuration.
+            ValueError: if the images do not have the size and channels of the configuration, and for an empty batch in
+                training.
         """
         expected = (self.config.num_channels, self.config.image_size, self.config.image_size)
         if pixel_values.ndim != 4 or pixel_values.shape[1:] != expected:
             raise ValueError(
                 f"pixel_values must have shape (n, {', '.join(map(str, expected))}), got {tuple(pixel_values.shape)}"
             )
+        self._check_batch("pixel_values", pixel_values)
+        output_hidden_states = self._wants_hidden_states(output_hidden_states)
         signal = pixel_values.to(self.dtype)
         all_codes: tuple[Tensor, ...] = ()
-        energy = signal.new_zeros(len(signal))
+        energy = signal.new_zeros(signal.shape[0])
         for stage, norm in zip(self.stages, self.norms, strict=True):
             statistics = norm.batch_statistics if reuse_statistics and self.training else None
             run = partial(_encode_stage, stage, norm, statistics)
             codes, next_signal = self._run_stage(run, signal, update_statistics)
-            if output_codes:
+            if output_codes or output_hidden_states:
                 all_codes += (codes,)
             if output_energy:
                 energy = energy + stage.energy(signal, codes)
@@ -253,16 +306,18 @@ class CtrlCscEncoder(CtrlCscPreTrainedModel):
         if output_energy:
             synthesis = self.last_stage.synthesize(vector, signal.shape[-2:])
             energy = energy + (signal - synthesis).square().flatten(1).sum(dim=1) / 2
-        latents = vector.flatten(1)
-        length = (latents.square().sum(dim=1, keepdim=True) + LATENT_EPS).sqrt()
+        latents, length = _unit_vectors(vector.flatten(1))
         if self.training and update_statistics:
-            lengths = length.detach().to(self.latent_norm.dtype)
+            lengths = length.to(self.latent_norm.dtype)
             sums = torch.stack([lengths.sum(), lengths.new_tensor(len(lengths))])
             if self.sum_over_processes is not None:
                 sums = self.sum_over_processes(sums)
             self.latent_norm.lerp_(sums[0] / sums[1], self.latent_norm_momentum)
+        latents = latents.to(self.dtype)
         return CtrlCscEncoderOutput(
-            latents=latents / length,
+            latents=latents,
+            pooler_output=latents,
+            hidden_states=all_codes if output_hidden_states else None,
             codes=all_codes if output_codes else None,
             energy=energy / self.config.image_size**2 if output_energy else None,
         )
@@ -303,27 +358,40 @@ class CtrlCscDecoder(CtrlCscPreTrainedModel):
         self.output_bias = nn.Parameter(torch.zeros(config.num_channels), requires_grad=config.decoder_affine)
         self.post_init()
 
-    def forward(self, latents: Tensor, update_statistics: bool = True) -> CtrlCscDecoderOutput:
+    @can_return_tuple
+    def forward(
+        self, latents: Tensor, update_statistics: bool = True, output_hidden_states: bool | None = None
+    ) -> CtrlCscDecoderOutput:
         """
         Args:
             latents: (n, latent_dim), unit vectors.
             update_statistics: in training, whether this batch counts in the running statistics.
+            output_hidden_states: whether to return the codes of every stage; by default as the configuration says.
+            return_dict: whether to return a `CtrlCscDecoderOutput` rather than a tuple of what it holds; by default as
+                the configuration says.
 
         Raises:
-            ValueError: if the latents do not have `latent_dim` entries.
+            ValueError: if the latents do not have `latent_dim` entries, and for an empty batch in training.
         """
         if latents.ndim != 2 or latents.shape[1] != self.config.latent_dim:
             raise ValueError(f"latents must have shape (n, {self.config.latent_dim}), got {tuple(latents.shape)}")
+        self._check_batch("latents", latents)
         *sizes, _ = self.config.signal_sizes
         inverse = self.config.decoder_normalization == "inverse"
         signal = latents.to(self.dtype)[:, :, None, None]
         if inverse:
             signal = signal * self.latent_norm.clone()  # the encoder may update it before the backward pass
         signal = self.last_stage.synthesize(signal, (sizes[-1], sizes[-1]))
+        all_codes: tuple[Tensor, ...] = ()
         for stage, norm, size in reversed(list(zip(self.stages, self.norms, sizes, strict=False))):
-            signal = self._run_stage(partial(_decode_stage, stage, norm, size, inverse), signal, update_statistics)
+            run = partial(_decode_stage, stage, norm, size, inverse)
+            codes, signal = self._run_stage(run, signal, update_statistics)
+            all_codes = (codes, *all_codes)
         pixels = signal * self.output_scale[:, None, None] + self.output_bias[:, None, None]
-        return CtrlCscDecoderOutput(reconstruction=torch.tanh(pixels))
+        return CtrlCscDecoderOutput(
+            reconstruction=torch.tanh(pixels),
+            hidden_states=all_codes if self._wants_hidden_states(output_hidden_states) else None,
+        )
 
 
 class CtrlCscModel(CtrlCscPreTrainedModel):
@@ -340,47 +408,57 @@ class CtrlCscModel(CtrlCscPreTrainedModel):
         # The halves overlook each other's tensors on loading; the whole must not.
         self._keys_to_ignore_on_load_unexpected: set[str] = set()
 
+    @can_return_tuple
     def forward(
-        self, pixel_values: Tensor, output_reconstructed_latents: bool = False, output_codes: bool = False
+        self,
+        pixel_values: Tensor,
+        output_reconstructed_latents: bool = False,
+        output_codes: bool = False,
+        output_hidden_states: bool | None = None,
     ) -> CtrlCscModelOutput:
         """
         Args:
             pixel_values: (n, num_channels, image_size, image_size), in [-1, 1].
             output_reconstructed_latents: whether to encode the reconstruction again.
             output_codes: whether to return the codes of every sparse-coding stage.
+            output_hidden_states: whether to return them as `hidden_states`; by default as the configuration says.
+            return_dict: whether to return a `CtrlCscModelOutput` rather than a tuple of what it holds; by default as
+                the configuration says.
 
         Raises:
-            ValueError: if the images do not have the size and channels of the configuration.
+            ValueError: if the images do not have the size and channels of the configuration, and for an empty batch in
+                training.
         """
-        encoded = self.encode(pixel_values, output_codes=output_codes)
-        reconstruction = self.decode(encoded.latents).reconstruction
+        encoded = self.encode(pixel_values, output_codes=output_codes, output_hidden_states=output_hidden_states)
+        reconstruction = self.decode(encoded.latents, output_hidden_states=False).reconstruction
         reconstructed_latents = None
         if output_reconstructed_latents:
-            reconstructed_latents = self.encoder(reconstruction, update_statistics=False).latents
+            again = self.encode(reconstruction, update_statistics=False, output_hidden_states=False)
+            reconstructed_latents = again.latents
         return CtrlCscModelOutput(
-            reconstruction=reconstruction,
             latents=encoded.latents,
+            reconstruction=reconstruction,
+            pooler_output=encoded.latents,
             reconstructed_latents=reconstructed_latents,
+            hidden_states=encoded.hidden_states,
             codes=encoded.codes,
         )
 
-    def encode(self, pixel_values: Tensor, output_codes: bool = False) -> CtrlCscEncoderOutput:
-        """Images (n, num_channels, image_size, image_size) in [-1, 1] -> latents (n, latent_dim); see the encoder."""
-        return self.encoder(pixel_values, output_codes=output_codes)
-
-    def decode(self, latents: Tensor) -> CtrlCscDecoderOutput:
-        """Latents (n, latent_dim) -> reconstruction (n, num_channels, image_size, image_size) in [-1, 1]."""
-        return self.decoder(latents)
-
-    def export(self, folder: str, **keywords: Any) -> None:
-        """Writes the folder of a Hub repository, as `ctrl_csc_hf.hub.export` says; that package must be installed.
+    def encode(self, pixel_values: Tensor, **options: Any) -> CtrlCscEncoderOutput:
+        """Images (n, num_channels, image_size, image_size) in [-1, 1] -> latents (n, latent_dim).
 
         Args:
-            folder: where to.
-            keywords: that function's, such as `repo_id`, which the card tells.
+            options: as of `CtrlCscEncoder.forward`; the output is a dataclass whatever `config.return_dict` says.
         """
-        # Not an import statement: this file also runs from a repository, where all that it imports must be.
-        importlib.import_module("ctrl_csc_hf.hub").export(self, folder, **keywords)
+        return self.encoder(pixel_values, **options, return_dict=True)
+
+    def decode(self, latents: Tensor, **options: Any) -> CtrlCscDecoderOutput:
+        """Latents (n, latent_dim) -> reconstruction (n, num_channels, image_size, image_size) in [-1, 1].
+
+        Args:
+            options: as of `CtrlCscDecoder.forward`; the output is a dataclass whatever `config.return_dict` says.
+        """
+        return self.decoder(latents, **options, return_dict=True)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         """Moves or casts, and ties again: torch keeps a shared parameter shared, but not a shared buffer."""

@@ -3,6 +3,10 @@
 Features are rows: Z of shape (n, d). Rates are in nats. Dai et al., "CTRL: Closed-Loop Transcription to an LDR
 via Minimaxing Rate Reduction", Entropy 24(4):456, 2022 (doi 10.3390/e24040456), for all but `unsupervised`: Tong
 et al., "Unsupervised Learning of Structured Representations via Closed-Loop Transcription", CPAL 2024.
+
+Gram matrices and their Cholesky factors are float64 (float32 on MPS devices, which have no float64): in float32 the
+identity in I + d/(n eps^2) Z^T Z is lost to rounding where eps^2 is small or rows are long. Where float64 would lose it
+too, the public functions raise a ValueError. Features that are not finite give rates that are not finite.
 """
 
 from typing import Any
@@ -11,20 +15,26 @@ import torch
 from torch import Tensor
 
 SMALL_CLASS = 8  # images; below it the unweighted sum of `multiclass_objective` swamps the rest
+LARGEST_ROUNDING = 3e-4  # of the matrix I + d/(n eps^2) Z^T Z; rates are then right to 0.001 nats
 
 
 def coding_rate(features: Tensor, *, distortion: float = 0.5) -> Tensor:
     """R(Z) = 1/2 logdet(I + d / (n eps^2) Z^T Z), in nats: the rate that codes Z up to the distortion.
 
     Args:
-        features: Z (n, d). Float32 or better is used whatever the autocast. R of no features is 0.
+        features: Z (n, d), of any lengths. R of no features is 0.
         distortion: eps^2.
 
+    Returns:
+        Scalar of the features' dtype, float32 or better whatever the autocast.
+
     Raises:
-        ValueError: for features that are not (n, d), or a distortion that is not positive.
+        ValueError: for features that are not (n, d), a distortion that is not positive, or one that is too small for
+            the longest row.
     """
     _check_features(features, distortion)
-    return _coding_rates(features[None], torch.tensor([features.shape[0]], device=features.device), distortion)[0]
+    check_precision("features", features, distortion)
+    return _coding_rate(features, distortion).to(_result_type(features))
 
 
 def rate_reduction(features: Tensor, reconstructed: Tensor, *, distortion: float = 0.5) -> Tensor:
@@ -35,9 +45,10 @@ def rate_reduction(features: Tensor, reconstructed: Tensor, *, distortion: float
         distortion: eps^2.
 
     Raises:
-        ValueError: for shapes that differ or are not (n, d), or a distortion that is not positive.
+        ValueError: for shapes that differ or are not (n, d), and as `coding_rate` for the distortion.
     """
-    return rates_of_pair(features, reconstructed, distortion=distortion)[0]
+    _check_pair(features, reconstructed, distortion)
+    return rates_of_pair(features, reconstructed, distortion=distortion)[0].to(_result_type(features))
 
 
 def class_rate_reduction(features: Tensor, labels: Tensor, num_classes: int, *, distortion: float = 0.5) -> Tensor:
@@ -50,13 +61,15 @@ def class_rate_reduction(features: Tensor, labels: Tensor, num_classes: int, *, 
         distortion: eps^2.
 
     Raises:
-        ValueError: for wrong shapes, labels outside [0, num_classes), or a distortion that is not positive.
+        ValueError: for wrong shapes, labels outside [0, num_classes), and as `coding_rate` for the distortion.
     """
     _check_features(features, distortion)
+    check_precision("features", features, distortion)
     _check_labels(features, labels, num_classes)
     by_class, counts = _group_by_class(features, labels, num_classes)
     rates = _coding_rates(by_class, counts, distortion)
-    return coding_rate(features, distortion=distortion) - (counts.to(rates.dtype) * rates).sum() / max(len(labels), 1)
+    within = (counts.to(rates.dtype) * rates).sum() / max(len(labels), 1)
+    return (_coding_rate(features, distortion) - within).to(_result_type(features))
 
 
 def multiclass_objective(
@@ -73,9 +86,32 @@ def multiclass_objective(
         distortion: eps^2.
 
     Raises:
-        ValueError: for wrong shapes, labels outside [0, num_classes), or a distortion that is not positive.
+        ValueError: for wrong shapes, labels outside [0, num_classes), and as `coding_rate` for the distortion.
     """
     _check_pair(features, reconstructed, distortion)
+    objective = multiclass_objective_of_pair(features, reconstructed, labels, num_classes, distortion=distortion)
+    return objective.to(_result_type(features))
+
+
+def unsupervised_objective(features: Tensor, reconstructed: Tensor, *, distortion: float = 0.5) -> Tensor:
+    """u-CTRL: R(Z) + dR(Z, Zh), in nats; arguments and errors as `rate_reduction`."""
+    return coding_rate(features, distortion=distortion) + rate_reduction(features, reconstructed, distortion=distortion)
+
+
+# What a training step computes, of features that the model has scaled: in float64, without looking at their values.
+
+
+def rates_of_pair(features: Tensor, reconstructed: Tensor, *, distortion: float = 0.5) -> tuple[Tensor, Tensor, Tensor]:
+    """dR(Z, Zh), R(Z) and R(Zh) of two sets (n, d), in nats."""
+    rate, reconstructed_rate = (_coding_rate(z, distortion) for z in (features, reconstructed))
+    union = _coding_rate(torch.cat([features, reconstructed]), distortion)
+    return union - (rate + reconstructed_rate) / 2, rate, reconstructed_rate
+
+
+def multiclass_objective_of_pair(
+    features: Tensor, reconstructed: Tensor, labels: Tensor, num_classes: int, *, distortion: float = 0.5
+) -> Tensor:
+    """`multiclass_objective`; ValueError for labels outside [0, num_classes)."""
     _check_labels(features, labels, num_classes)
     pairs, counts = _group_by_class(_exact(torch.stack([features, reconstructed], dim=1)), labels, num_classes)
     rows, _, dim = pairs.shape[1:]
@@ -88,26 +124,13 @@ def multiclass_objective(
         rates_zh = _rates_of_grams(grams[:, 1::2, 1::2], counts, distortion, dim)
         rates_union = _rates_of_grams(grams, 2 * counts, distortion, dim)
     share = counts.to(rates_z.dtype) / max(len(labels), 1)
-    whole = coding_rate(features, distortion=distortion) + coding_rate(reconstructed, distortion=distortion)
+    whole = _coding_rate(features, distortion) + _coding_rate(reconstructed, distortion)
     within = (share * (rates_z + rates_zh)).sum()
     between = (rates_union - rates_z / 2 - rates_zh / 2).sum()
     return whole - within + between
 
 
-def unsupervised_objective(features: Tensor, reconstructed: Tensor, *, distortion: float = 0.5) -> Tensor:
-    """u-CTRL: R(Z) + dR(Z, Zh), in nats; arguments and errors as `rate_reduction`."""
-    return coding_rate(features, distortion=distortion) + rate_reduction(features, reconstructed, distortion=distortion)
-
-
-def rates_of_pair(features: Tensor, reconstructed: Tensor, *, distortion: float = 0.5) -> tuple[Tensor, Tensor, Tensor]:
-    """dR(Z, Zh), R(Z) and R(Zh), in nats; arguments and errors as `rate_reduction`."""
-    _check_pair(features, reconstructed, distortion)
-    rate, reconstructed_rate = (coding_rate(z, distortion=distortion) for z in (features, reconstructed))
-    union = coding_rate(torch.cat([features, reconstructed]), distortion=distortion)
-    return union - (rate + reconstructed_rate) / 2, rate, reconstructed_rate
-
-
-# The same from second moments, which add up over the parts of a batch.
+# And from second moments, which add up over the parts of a batch.
 
 
 def second_moments(features: Tensor, labels: Tensor, num_classes: int) -> Tensor:
@@ -136,26 +159,48 @@ def multiclass_objective_of_moments(moments: Tensor, counts: Tensor, *, distorti
 
 def cosine_distance(features: Tensor, reconstructed: Tensor) -> Tensor:
     """1 - cos(z_i, zh_i): (n, d), (n, d) -> (n,)."""
-    return 1 - torch.nn.functional.cosine_similarity(_exact(features), _exact(reconstructed), dim=1)
+    dtype = _result_type(features)
+    return 1 - torch.nn.functional.cosine_similarity(features.to(dtype), reconstructed.to(dtype), dim=1)
 
 
 def sample_rate_reduction(features: Tensor, reconstructed: Tensor, *, distortion: float = 0.5) -> Tensor:
-    """dR(z_i, zh_i) of single unit vectors: (n, d), (n, d) -> (n,), in nats.
+    """dR(z_i, zh_i) of single rows: (n, d), (n, d) -> (n,), in nats.
 
-    1/2 log[((1 + a)^2 - a^2 cos^2) / (1 + 2a)] with a = d / (2 eps^2). It cannot tell zh from -z, and is flat at
-    cos = 0.
+    Of unit vectors 1/2 log[1 + a^2 sin^2 / (1 + 2a)] with a = d / (2 eps^2) and the sine of their angle. It cannot tell
+    zh from -z, and is flat where they are orthogonal.
     """
-    a = features.shape[1] / (2 * distortion)
-    cosine = 1 - cosine_distance(features, reconstructed)
-    return 0.5 * torch.log(((1 + a) ** 2 - (a * cosine).square()) / (1 + 2 * a))
+    pairs = _exact(torch.stack([features, reconstructed], dim=1))
+    ones = torch.ones(len(pairs), dtype=torch.int64, device=pairs.device)
+    single = sum(_coding_rates(row, ones, distortion) for row in pairs.split(1, dim=1))
+    return (_coding_rates(pairs, 2 * ones, distortion) - single / 2).to(_result_type(features))
+
+
+def check_precision(name: str, features: Tensor, distortion: float) -> None:
+    """Raises ValueError if rounding would show in coding rates of rows (n, d) of this length at this distortion."""
+    if features.numel() == 0:
+        return
+    rows = _exact(features.detach())
+    length = torch.linalg.vector_norm(rows, dim=1).max().item()
+    largest = (LARGEST_ROUNDING / torch.finfo(rows.dtype).eps * distortion / rows.shape[1]) ** 0.5
+    if largest < length < float("inf"):
+        raise ValueError(
+            f"distortion={distortion!r} is too small for {name} of d = {rows.shape[1]} whose longest row has the norm "
+            f"{length:.3g}: the coding rate would lose digits. The distortion must be at least "
+            f"{distortion * (length / largest) ** 2:.3g}, or the norms at most {largest:.3g}"
+        )
+
+
+def _coding_rate(features: Tensor, distortion: float) -> Tensor:
+    """R of (n, d)."""
+    return _coding_rates(features[None], torch.tensor([features.shape[0]], device=features.device), distortion)[0]
 
 
 def _coding_rates(sets: Tensor, counts: Tensor, distortion: float) -> Tensor:
     """R of each of K sets: (K, m, d), rows past a set's count (K,) zero -> (K,)."""
+    sets = _exact(sets)
     if sets.numel() == 0:
         return sets.sum(dim=(1, 2))  # zeros that hang on to the graph, so that their gradient is zero too
     with torch.autocast(sets.device.type, enabled=False):
-        sets = _exact(sets)
         rows, dim = sets.shape[1:]
         # I + alpha Z Z^T has the determinant of I + alpha Z^T Z; the smaller one is cheaper.
         return _rates_of_grams(_Gram.apply(sets if rows < dim else sets.mT), counts, distortion, dim)
@@ -197,7 +242,11 @@ def _group_by_class(features: Tensor, labels: Tensor, num_classes: int) -> tuple
 
 
 def _exact(features: Tensor) -> Tensor:
-    return features.to(torch.promote_types(features.dtype, torch.float32))
+    return features.to(torch.float32 if features.device.type == "mps" else torch.float64)
+
+
+def _result_type(features: Tensor) -> torch.dtype:
+    return torch.promote_types(features.dtype, torch.float32)
 
 
 def _check_features(features: Tensor, distortion: float) -> None:
@@ -213,6 +262,8 @@ def _check_pair(features: Tensor, reconstructed: Tensor, distortion: float) -> N
         raise ValueError(
             f"reconstructed must have the shape of features, {tuple(features.shape)}, got {tuple(reconstructed.shape)}"
         )
+    check_precision("features", features, distortion)
+    check_precision("reconstructed", reconstructed, distortion)
 
 
 def _check_labels(features: Tensor, labels: Tensor, num_classes: int) -> None:

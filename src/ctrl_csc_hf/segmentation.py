@@ -12,6 +12,8 @@ A segmentation costs the sum of L over its groups and, to say whose each latent 
 import torch
 from torch import Tensor
 
+from .rate_reduction import LARGEST_ROUNDING, check_precision
+
 CHUNK = 16  # pairs whose union is coded at once: (CHUNK, d, d) numbers
 NUM_ITERATIONS = 10  # of k-means
 
@@ -21,8 +23,17 @@ def coding_length(counts: Tensor, means: Tensor, covariances: Tensor, *, distort
 
     Args:
         distortion: eps^2.
+
+    Raises:
+        ValueError: for a distortion that is too small for the covariances' dtype.
     """
     dim = means.shape[1]
+    least = dim * covariances.diagonal(dim1=-2, dim2=-1).sum(dim=-1) * torch.finfo(covariances.dtype).eps
+    if distortion < least.max() / LARGEST_ROUNDING:
+        raise ValueError(
+            f"distortion={distortion!r} is too small for covariances in {covariances.dtype}, whose coding length would "
+            f"lose digits: it must be at least {least.max() / LARGEST_ROUNDING:.3g}, less in torch.float64"
+        )
     identity = torch.eye(dim, dtype=covariances.dtype, device=covariances.device)
     factor = torch.linalg.cholesky(identity + dim / distortion * covariances)
     rates = factor.diagonal(dim1=-2, dim2=-1).log().sum(dim=-1)
@@ -42,7 +53,8 @@ def segment(latents: Tensor, *, distortion: float = 0.5, num_groups: int = 128, 
         seed: of k-means.
 
     Raises:
-        ValueError: for no latents, or another shape, a distortion that is not positive, and less than 1 group.
+        ValueError: for no latents, or another shape, a distortion that is not positive or too small for the longest
+            latents, and less than 1 group.
     """
     if latents.ndim != 2 or len(latents) == 0:
         raise ValueError(f"latents must have shape (n, d) with n > 0, got {tuple(latents.shape)}")
@@ -50,7 +62,8 @@ def segment(latents: Tensor, *, distortion: float = 0.5, num_groups: int = 128, 
         raise ValueError(f"distortion must be positive, got {distortion!r}")
     if num_groups < 1:
         raise ValueError(f"num_groups must be at least 1, got {num_groups!r}")
-    latents = latents.float().cpu()
+    check_precision("latents", latents, distortion)
+    latents = latents.cpu().double()
     start = torch.arange(len(latents)) if num_groups >= len(latents) else k_means(latents, num_groups, seed)
     groups = _Groups(latents, start, distortion)
     while groups.merge_best():
@@ -67,12 +80,12 @@ class _Groups:
     def __init__(self, latents: Tensor, start: Tensor, distortion: float) -> None:
         self.distortion, self.total = distortion, len(latents)
         members = [latents[start == group] for group in range(int(start.max()) + 1)]
-        self.counts = torch.tensor([float(len(rows)) for rows in members])
+        self.counts = torch.tensor([len(rows) for rows in members], dtype=latents.dtype)
         self.sums = torch.stack([rows.sum(dim=0) for rows in members])
         self.outers = torch.stack([rows.mT @ rows for rows in members])
         self.index = torch.arange(len(members))
         self.lengths = torch.cat([self._lengths(part, part[:0]) for part in self.index.split(CHUNK)])
-        self.gains = torch.full((len(members), len(members)), float("-inf"))
+        self.gains = latents.new_full((len(members), len(members)), float("-inf"))
         for first in range(len(members)):
             self.gains[first, first + 1 :] = self._gains(first, self.index[first + 1 :])
 
@@ -96,7 +109,7 @@ class _Groups:
     def _gains(self, group: int, others: Tensor) -> Tensor:
         """What merging the group with each of the others gains, in nats."""
         unions = [self._lengths(part, torch.tensor([group])) for part in others.split(CHUNK) if len(part)]
-        return self.lengths[group] + self.lengths[others] - torch.cat(unions) if unions else torch.empty(0)
+        return self.lengths[group] + self.lengths[others] - torch.cat(unions) if unions else self.lengths[:0]
 
     def _lengths(self, groups: Tensor, other: Tensor) -> Tensor:
         """Coding length of each of the groups together with the other, of which there may be none."""

@@ -6,6 +6,7 @@ synthesis. Dai et al., "Revisiting Sparse Convolutional Model for Visual Recogni
 (arXiv 2210.12945); FISTA: Beck and Teboulle, SIAM J. Imaging Sciences 2(1), 2009.
 """
 
+import hashlib
 from collections.abc import Callable
 from typing import Any
 
@@ -416,8 +417,9 @@ def _conjugate_gradients(operator: Callable[[Tensor], Tensor], target: Tensor) -
 
 
 # An operator of its own, so that torch.compile neither unrolls the iteration nor stumbles over its stopping rule.
-# The name holds the module's, because a copy of this file may come from the Hub beside the installed package.
-@library.custom_op(f"{__name__.replace('.', '_')}::power_iteration", mutates_args=())
+# A copy of this file may come from the Hub beside the installed package, so the operator's name holds a hash of the
+# module's name, which itself need not be an identifier.
+@library.custom_op(f"ctrl_csc_{hashlib.sha256(__name__.encode()).hexdigest()}::power_iteration", mutates_args=())
 def _power_iteration(dictionary: Tensor, vector: Tensor, stride: int, padding: int) -> tuple[Tensor, Tensor]:
     """Largest singular value of A, to within 1%, and A A* times its singular vector (1, C_signal, H, W)."""
     surplus = [(side + 2 * padding - dictionary.shape[-1]) % stride for side in vector.shape[-2:]]

@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..rate_reduction import rates_of_moments
+from ..rate_reduction import check_precision, rates_of_moments
 from .statistic import Statistic, check_labels, check_matrix, check_same_shape
 
 CHUNK = 256  # rows of a block of similarities: 51 MB against 50,000 latents
@@ -127,9 +127,11 @@ class LatentSpectrum(Statistic):
         self.moments = torch.zeros(2, 0, 0, dtype=torch.float64)
 
     def update(self, latents: Tensor, reconstructed_latents: Tensor) -> None:
-        """Adds z and zh, (n, d) each; ValueError for other or unequal shapes."""
+        """Adds z and zh, (n, d) each; ValueError for other or unequal shapes, and rows too long for the distortion."""
         check_matrix("latents", latents, self.moments.shape[1] or None)
         check_same_shape("reconstructed_latents", reconstructed_latents, "latents", latents)
+        check_precision("latents", latents, self.distortion)
+        check_precision("reconstructed_latents", reconstructed_latents, self.distortion)
         pair = torch.stack([latents, reconstructed_latents]).detach().cpu().double()
         moments = pair.mT @ pair
         self.moments = self.moments + moments if self.count else moments
