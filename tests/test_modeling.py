@@ -2,6 +2,7 @@
 
 import copy
 import itertools
+import json
 import os
 import subprocess
 import sys
@@ -9,10 +10,13 @@ import sys
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig, AutoModel
+from transformers import AutoConfig, AutoModel, pipeline
 
-from ctrl_csc_hf import CtrlCscConfig, CtrlCscDecoder, CtrlCscEncoder, CtrlCscModel
+from ctrl_csc_hf import CtrlCscConfig, CtrlCscDecoder, CtrlCscEncoder, CtrlCscImageProcessor, CtrlCscModel
+from ctrl_csc_hf.modeling_ctrl_csc import _unit_vectors
+from ctrl_csc_hf.presets import load_preset, preset_names
 
 CONFIG = {
     "image_size": 8,
@@ -112,6 +116,142 @@ def test_outputs_have_the_documented_shapes_and_ranges(shared, normalization):
 def test_codes_and_reconstructed_latents_come_only_where_asked_for():
     out = build_model()(images())
     assert list(out.keys()) == ["latents", "reconstruction", "pooler_output"]
+
+
+@pytest.mark.parametrize("by_configuration", [False, True])
+def test_codes_are_the_hidden_states_and_latents_the_pooled_output(by_configuration):
+    model, x = build_model(), images()
+    asked = {"output_hidden_states": True}
+    if by_configuration:
+        model.config.output_hidden_states, asked = True, {}
+    codes = model(x, output_codes=True).codes
+    for out in (model(x, **asked), model.encoder(x, **asked)):
+        assert len(out.hidden_states) == 2 and out.codes is None
+        assert all(torch.equal(a, b) for a, b in zip(out.hidden_states, codes, strict=True))
+        assert out.pooler_output is out.latents and next(iter(out.values())) is out.latents
+    decoded = model.decoder(out.latents, **asked)
+    assert [tuple(codes.shape) for codes in decoded.hidden_states] == [(5, 4, 4, 4), (5, 5, 2, 2)]
+    first = decoded.hidden_states[0]
+    pixels = model.decoder.stages[0].synthesize(first) * model.decoder.output_scale[:, None, None]
+    torch.testing.assert_close(torch.tanh(pixels + model.decoder.output_bias[:, None, None]), decoded.reconstruction)
+
+
+@pytest.mark.parametrize("by_configuration", [False, True])
+def test_tuples_hold_what_the_dataclasses_hold(by_configuration):
+    model, x = build_model(), images()
+    latents = model.encode(x).latents
+    expected = [model(x), model.encoder(x), model.decoder(latents)]
+    asked = {"return_dict": False}
+    if by_configuration:
+        model.config.return_dict, asked = False, {}
+    found = [model(x, **asked), model.encoder(x, **asked), model.decoder(latents, **asked)]
+    for out, values in zip(expected, found, strict=True):
+        assert type(values) is tuple
+        assert all(torch.equal(a, b) for a, b in zip(out.to_tuple(), values, strict=True))
+    assert torch.equal(model.decode(model.encode(x).latents).reconstruction, expected[0].reconstruction)
+
+
+@pytest.mark.parametrize("pool", [False, True])
+def test_the_feature_extraction_pipeline_gives_the_latents(pool, tmp_path):
+    model, processor = build_model(), CtrlCscImageProcessor(image_size=8)
+    model.save_pretrained(tmp_path)
+    processor.save_pretrained(tmp_path)
+    extract = pipeline("image-feature-extraction", model=str(tmp_path), pool=pool)
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (9, 12, 3), dtype=np.uint8))
+    expected = model.encode(processor(image, return_tensors="pt").pixel_values).latents
+    torch.testing.assert_close(torch.tensor(extract(image)), expected)
+
+
+# ---- latents of any image, stages of any size
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("level", [0.0, 1e-30, 1e-6, 0.3, 1e6, 1e15])
+def test_latents_of_any_finite_image_are_unit_vectors_with_finite_gradients(level, training, dtype):
+    constant = torch.full((2, 3, 8, 8), level)
+    for model in (build_model(), CtrlCscModel(CtrlCscConfig(image_size=8))):
+        model = model.to(dtype).train(training)
+        for pixels in (constant, level * images(2)):
+            pixels = pixels.to(dtype).requires_grad_()
+            latents = model.encode(pixels).latents
+            length = latents.float().norm(dim=1)
+            torch.testing.assert_close(length, torch.ones(2), rtol=0, atol=1e-5 if dtype == torch.float32 else 1e-2)
+            assert torch.autograd.grad(latents.sum(), pixels)[0].isfinite().all()
+
+
+def test_the_zero_vector_is_given_a_direction_and_others_keep_theirs():
+    vectors = torch.tensor([[0.0, 0, 0], [3, 0, -4], [0, 1e-30, 0], [-3e30, 4e30, 0]])
+    unit, length = _unit_vectors(vectors)
+    torch.testing.assert_close(
+        unit, torch.tensor([[1, 0, 0], [0.6, 0, -0.8], [1, 0, 0], [-0.6, 0.8, 0]]), atol=2e-4, rtol=0
+    )
+    torch.testing.assert_close(length[:, 0], torch.tensor([1e-3, 5, 1e-3, 5e30]), rtol=2e-4, atol=0)
+
+
+@pytest.mark.parametrize("preset", [None, *preset_names()])
+def test_no_default_has_a_dead_stage(preset):
+    torch.manual_seed(0)
+    config = CtrlCscConfig() if preset is None else CtrlCscConfig(**load_preset(preset)["model"])
+    model, size = CtrlCscModel(config).eval(), config.image_size
+    smooth = torch.nn.functional.interpolate(torch.rand(3, 3, 4, 4) * 2 - 1, size=size, mode="bilinear")
+    for pixels in (torch.rand(3, 3, size, size) * 2 - 1, smooth, torch.full((1, 3, size, size), 0.3)):
+        out = model.encode(pixels, output_codes=True)
+        for codes in out.codes:
+            assert 0.1 < (codes > 0).float().mean() < 0.9
+        cosines = out.latents @ out.latents.T
+        torch.testing.assert_close(cosines.diagonal(), torch.ones(len(pixels)), rtol=0, atol=1e-5)
+        assert (cosines - torch.eye(len(pixels))).max() < 0.99
+
+
+@pytest.mark.parametrize(
+    ("size", "halvings", "kernel"),
+    [
+        (8, 2, 2),
+        (16, 2, 4),
+        (28, 2, 7),
+        (32, 2, 8),
+        (48, 3, 6),
+        (50, 3, 6),
+        (64, 3, 8),
+        (96, 4, 6),
+        (128, 4, 8),
+        (224, 5, 7),
+    ],
+)
+def test_the_image_size_alone_chooses_the_stages(size, halvings, kernel):
+    config = CtrlCscConfig(image_size=size, latent_dim=4, num_iterations=1)
+    assert config.stage_channels == [64, 128, 256, 512, 512][:halvings]
+    assert config.kernel_sizes == [4] * halvings + [kernel] and config.signal_sizes[-1] == 1
+    assert json.loads(config.to_json_string())["strides"] == [2] * halvings + [1]
+    narrow = CtrlCscConfig(image_size=size, latent_dim=4, stage_channels=[4] * halvings)
+    model = CtrlCscModel(narrow).eval()
+    assert model(torch.rand(2, 3, size, size)).reconstruction.shape == (2, 3, size, size)
+
+
+def test_stages_that_cannot_halve_the_image_are_refused():
+    assert CtrlCscConfig(stage_channels=[8, 16, 16]).kernel_sizes == [4, 4, 4, 4]
+    with pytest.raises(
+        ValueError, match=r"image_size=8 is not allowed: it must be at least 16 for 4 stages of stride 2"
+    ):
+        CtrlCscConfig(image_size=8, stage_channels=[8, 8, 8, 8])
+    with pytest.raises(ValueError, match=r"image_size=3 is not allowed: it must be at least 4 for 2 stages"):
+        CtrlCscConfig(image_size=3)
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_an_empty_batch_is_refused_by_name(training):
+    model = build_model().train(training)
+    with pytest.raises(ValueError, match=r"pixel_values must hold at least one image, got shape \(0, 3, 8, 8\)"):
+        model(images(0))
+    with pytest.raises(ValueError, match=r"latents must hold at least one image, got shape \(0, 6\)"):
+        model.decode(torch.zeros(0, 6))
+
+
+def test_grey_images_have_a_model_too():
+    model = CtrlCscModel(CtrlCscConfig(**CONFIG | {"num_channels": 1})).eval()
+    out = model.encoder(images()[:, :1], output_energy=True)
+    assert model.decode(out.latents).reconstruction.shape == (5, 1, 8, 8) and (out.energy > 0).all()
 
 
 def test_energy_is_the_sum_of_the_stages_objectives_divided_by_the_pixels():

@@ -57,6 +57,51 @@ def test_coding_rate_is_half_the_log_determinant(n, d, distortion):
     assert coding_rate(z.float(), distortion=distortion).item() == pytest.approx(expected, rel=1e-5)
 
 
+def rate_by_singular_values(features, distortion) -> float:
+    """1/2 sum log(1 + d/(n eps^2) sigma^2): exact where the determinant of a Gram matrix loses its identity."""
+    n, d = features.shape
+    sigma = np.linalg.svd(features.double().numpy(), compute_uv=False)
+    return 0.5 * np.log1p(d / (n * distortion) * sigma**2).sum()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("rank", [2, 9])
+@pytest.mark.parametrize(("n", "d"), [(12, 30), (30, 12)])
+@pytest.mark.parametrize(
+    ("length", "distortion"), [(1, 1e-9), (1, 1e-6), (1e-4, 1e-12), (1e3, 0.5), (30, 1e-3), (1e-4, 10)]
+)
+def test_coding_rates_of_rows_of_any_length_are_exact(length, distortion, n, d, rank, dtype):
+    lengths = torch.linspace(0.1, 1, n)[:, None] * length
+    sets = []
+    for seed in (0, 1):  # of low rank, so that the determinant rests on the identity
+        rows = torch.from_numpy(np.random.default_rng(seed).normal(size=(n, rank)) @ unit_rows(rank, d, seed).numpy())
+        sets.append((rows / rows.norm(dim=1, keepdim=True) * lengths).to(dtype).requires_grad_())
+    z, zh = sets
+    rates = [rate_by_singular_values(rows.detach(), distortion) for rows in (*sets, torch.cat(sets))]
+    rate, reduction = coding_rate(z, distortion=distortion), rate_reduction(z, zh, distortion=distortion)
+    assert rate.dtype == dtype
+    assert rate.item() == pytest.approx(rates[0], rel=1e-5, abs=1e-3)
+    assert reduction.item() == pytest.approx(rates[2] - (rates[0] + rates[1]) / 2, rel=1e-5, abs=2e-3)
+    (gradient,) = torch.autograd.grad(rate, z)
+    # d/dZ of 1/2 sum log(1 + a sigma^2) = U diag(a sigma / (1 + a sigma^2)) V^T
+    u, sigma, vt = np.linalg.svd(z.detach().double().numpy(), full_matrices=False)
+    alpha = d / (n * distortion)
+    expected = torch.from_numpy((u * (alpha * sigma / (1 + alpha * sigma**2))) @ vt).to(dtype)
+    assert (gradient - expected).norm() < 1e-2 * expected.norm()
+
+
+@pytest.mark.parametrize("rate", [coding_rate, lambda z, **o: rate_reduction(z, z, **o)])
+@pytest.mark.parametrize(("length", "distortion"), [(1, 1e-12), (1e7, 0.5), (1e-3, 1e-20)])
+def test_rates_that_would_lose_digits_are_refused_with_what_would_do(rate, length, distortion):
+    z = length * unit_rows(40, 16)
+    with pytest.raises(ValueError, match=r"distortion=.* is too small for .*: .* must be at least (\S+), or") as error:
+        rate(z, distortion=distortion)
+    least = float(str(error.value).split("must be at least ")[1].split(",")[0])
+    expected = rate_by_singular_values(z, 1.1 * least)
+    if rate is coding_rate:
+        assert rate(z, distortion=1.1 * least).item() == pytest.approx(expected, rel=1e-5)
+
+
 def test_coding_rate_of_fewer_samples_than_dimensions_is_the_one_of_the_large_determinant():
     z = unit_rows(4, 32)
     assert coding_rate(z).item() == pytest.approx(reference_rate(z), rel=1e-12)

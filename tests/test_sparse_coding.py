@@ -1,6 +1,8 @@
 """Convolutional sparse coding against matrices written out entry by entry, numpy and scikit-learn."""
 
+import importlib.util
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -532,3 +534,15 @@ def test_stage_learns_alone_in_five_lines():
         energies.append(energy.item())
     assert energies[-1] < 0.9 * energies[0]
     assert stage.synthesize(stage(images)).shape == images.shape
+
+
+@pytest.mark.parametrize("name", ["plain", "my model (1)", "modèle", "模型", "a+b@c", "0", "a.b"])
+def test_a_copy_of_the_file_under_any_module_name_has_an_operator_of_its_own(name):
+    path = Path(sparse_coding.__file__)
+    spec = importlib.util.spec_from_file_location(name, path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    assert module._power_iteration._qualname != sparse_coding._power_iteration._qualname
+    stage = module.ConvolutionalSparseCoding(2, 4, 3)
+    stage.update_operator_norm((6, 6))
+    assert stage.operator_norm > 0

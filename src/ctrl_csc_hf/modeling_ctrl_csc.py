@@ -164,8 +164,8 @@ class CtrlCscPreTrainedModel(PreTrainedModel):
         return bool(self.config.output_hidden_states if output_hidden_states is None else output_hidden_states)
 
     def _check_batch(self, name: str, batch: Tensor) -> None:
-        if self.training and batch.shape[0] == 0:
-            raise ValueError(f"{name} must not be empty in training, which needs a batch's statistics: got no image")
+        if batch.shape[0] == 0:
+            raise ValueError(f"{name} must hold at least one image, got shape {tuple(batch.shape)}")
 
     def _run_stage(self, stage: Callable[[Tensor, bool], Any], signal: Tensor, update_statistics: bool) -> Any:
         """stage(signal, update_statistics), by gradient checkpointing where that is on."""
@@ -280,8 +280,7 @@ class CtrlCscEncoder(CtrlCscPreTrainedModel):
                 the configuration says.
 
         Raises:
-            ValueError: if the images do not have the size and channels of the configuration, and for an empty batch in
-                training.
+            ValueError: if the images do not have the size and channels of the configuration, and for an empty batch.
         """
         expected = (self.config.num_channels, self.config.image_size, self.config.image_size)
         if pixel_values.ndim != 4 or pixel_values.shape[1:] != expected:
@@ -371,7 +370,7 @@ class CtrlCscDecoder(CtrlCscPreTrainedModel):
                 the configuration says.
 
         Raises:
-            ValueError: if the latents do not have `latent_dim` entries, and for an empty batch in training.
+            ValueError: if the latents do not have `latent_dim` entries, and for an empty batch.
         """
         if latents.ndim != 2 or latents.shape[1] != self.config.latent_dim:
             raise ValueError(f"latents must have shape (n, {self.config.latent_dim}), got {tuple(latents.shape)}")
@@ -426,8 +425,7 @@ class CtrlCscModel(CtrlCscPreTrainedModel):
                 the configuration says.
 
         Raises:
-            ValueError: if the images do not have the size and channels of the configuration, and for an empty batch in
-                training.
+            ValueError: if the images do not have the size and channels of the configuration, and for an empty batch.
         """
         encoded = self.encode(pixel_values, output_codes=output_codes, output_hidden_states=output_hidden_states)
         reconstruction = self.decode(encoded.latents, output_hidden_states=False).reconstruction
