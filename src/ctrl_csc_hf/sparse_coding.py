@@ -161,7 +161,7 @@ class ConvolutionalSparseCoding(ConvolutionalDictionary):
         nonnegative: whether codes are restricted to z >= 0.
         gradient: "unrolled" differentiates the steps of FISTA, and keeps them all in memory; "implicit" the
             minimiser that they approach, in memory that does not grow with their number. It needs a ridge and codes
-            within 10% of the minimiser, and breaks the graph of torch.compile.
+            within 10% of the minimiser, and breaks the graph of torch.compile; call torch.export under torch.no_grad().
 
     Attributes:
         operator_norm: buffer, the largest singular value of A as an operator on signals of the size in

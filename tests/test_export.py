@@ -1,0 +1,69 @@
+"""Export of the model and of its halves to torch.export and ONNX, with a number of images that is free."""
+
+import onnx
+import onnxruntime
+import pytest
+import torch
+from torch.export import Dim
+
+from ctrl_csc_hf import CtrlCscConfig, CtrlCscModel
+
+BATCHES = (1, 2, 7)
+SIZE = 12
+
+
+@pytest.fixture(scope="module", params=["batch_norm", "inverse", "implicit"])
+def model(request) -> CtrlCscModel:
+    torch.manual_seed(0)
+    options = {"implicit": {"gradient": "implicit", "ridge": 1.0, "num_channels": 1}}
+    config = CtrlCscConfig(
+        image_size=SIZE,
+        latent_dim=6,
+        stage_channels=[5, 8],
+        num_iterations=3,
+        **options.get(request.param, {"decoder_normalization": request.param}),
+    )
+    return CtrlCscModel(config).eval()
+
+
+def module_and_inputs(model: CtrlCscModel, part: str) -> tuple[torch.nn.Module, str, dict[int, torch.Tensor]]:
+    """A part of the model, the name of its argument, and that argument for each number of images."""
+    if part == "decoder":
+        return model.decoder, "latents", {n: torch.randn(n, 6) for n in BATCHES}
+    images = {n: torch.rand(n, model.config.num_channels, SIZE, SIZE) * 2 - 1 for n in BATCHES}
+    return model if part == "model" else model.encoder, "pixel_values", images
+
+
+@pytest.mark.parametrize("batch", [Dim("batch"), Dim.DYNAMIC], ids=["named", "dynamic"])
+@pytest.mark.parametrize("part", ["encoder", "decoder", "model"])
+def test_an_exported_program_gives_the_same_for_any_number_of_images(model, part, batch, tmp_path):
+    module, name, inputs = module_and_inputs(model, part)
+    with torch.set_grad_enabled(model.config.gradient == "unrolled"):  # the implicit one looks at the codes' values
+        program = torch.export.export(module, (inputs[2],), dynamic_shapes={name: {0: batch}})
+    # The operator norm belongs to images of the model's size: nothing of its iteration is left to compute.
+    assert not [node for node in program.graph.nodes if "power_iteration" in str(node.target)]
+    torch.export.save(program, tmp_path / "program.pt2")
+    loaded = torch.export.load(tmp_path / "program.pt2").module()
+    for value in inputs.values():
+        with torch.no_grad():
+            expected, found = module(value), loaded(value)
+        assert type(found) is type(expected) and found.keys() == expected.keys()
+        for key in expected:
+            torch.testing.assert_close(found[key], expected[key], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("part", ["encoder", "decoder", "model"])
+@torch.no_grad()
+def test_onnxruntime_gives_the_same_for_any_number_of_images(model, part, tmp_path):
+    module, name, inputs = module_and_inputs(model, part)
+    path = tmp_path / "model.onnx"
+    torch.onnx.export(module, (inputs[2],), path, dynamo=True, dynamic_shapes={name: {0: Dim("batch")}}, verbose=False)
+    domains = {node.domain for node in onnx.load(path).graph.node}
+    assert domains <= {"", "ai.onnx"}  # standard operators alone
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    (argument,) = session.get_inputs()
+    assert argument.name == name and argument.shape[0] == "batch"
+    for value in inputs.values():
+        expected, found = module(value, return_dict=False), session.run(None, {name: value.numpy()})
+        for one, other in zip(found, expected, strict=True):
+            torch.testing.assert_close(torch.from_numpy(one), other, rtol=1e-5, atol=1e-6)
