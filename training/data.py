@@ -213,7 +213,7 @@ def hold_out(
             held.append((key, row))
     if not held:
         raise ValueError(
-            f"no image can be held out of {size}, as each is the last one of its class: name another split "
+            f"no image can be held out of {size}, as one of each class has to be left to train on: name another split "
             "(--validation_split of train.py, --split of evaluate.py), or do without labels (--label_column none)"
         )
     if len(held) < count:

@@ -16,6 +16,7 @@ from typing import Any, Self
 import torch
 from accelerate import Accelerator, PartialState
 from accelerate.utils import gather_object
+from datasets.exceptions import DatasetsError
 from diffusers.training_utils import EMAModel
 from safetensors.torch import load_file, save_file
 from settings import FIXED, WITHOUT_INFLUENCE, TrainingSettings
@@ -309,8 +310,9 @@ def one_line_errors() -> Iterator[None]:
     except KeyboardInterrupt:
         print("Stopped", file=sys.stderr)
         sys.exit(130)
-    except (OSError, ValueError, FloatingPointError) as error:
-        sys.exit(f"{type(error).__name__}: {error}")
+    except (OSError, ValueError, FloatingPointError, DatasetsError) as error:
+        reason = f": {error.__cause__}" if isinstance(error, DatasetsError) and error.__cause__ else ""
+        sys.exit(f"{type(error).__name__}: {error}{reason}")
 
 
 @torch.no_grad()
