@@ -392,17 +392,19 @@ def test_an_unreadable_image_is_skipped_counted_and_reported(
     assert f"{skipped} unreadable images were skipped" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(
+    "launcher", [[], ["-m", "accelerate.commands.accelerate_cli", "launch", "--num_processes", "1"]]
+)
 def test_ctrl_c_saves_a_checkpoint_from_which_the_run_goes_on(
-    train: Train, tiny_preset: Path, image_folder: Path, tmp_path: Path
+    train: Train, tiny_preset: Path, image_folder: Path, tmp_path: Path, launcher: list[str]
 ) -> None:
     arguments = ["--config", str(tiny_preset), "--train_data_dir", str(image_folder), "--max_train_steps", "100000"]
     arguments += ["--cache_dir", str(tmp_path / "cache"), "--output_dir", str(tmp_path / "model")]
     arguments += ["--checkpointing_steps", "100000", "--validation_steps", "100000"]
-    launcher = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch", "--num_processes", "1"]
     log = tmp_path / "log"
     with log.open("w", encoding="utf-8") as output:
         process = subprocess.Popen(
-            [*launcher, str(TRAINING / "train.py"), *arguments],
+            [sys.executable, *launcher, str(TRAINING / "train.py"), *arguments],
             stdout=output,
             stderr=output,
             env={**os.environ, "OMP_NUM_THREADS": "1"},
@@ -413,6 +415,11 @@ def test_ctrl_c_saves_a_checkpoint_from_which_the_run_goes_on(
             time.sleep(0.2)
         os.killpg(process.pid, signal.SIGINT)  # as a terminal does it
         assert process.wait(timeout=120) != 0
+        deadline = time.monotonic() + 60
+        while "Stopped" not in log.read_text(encoding="utf-8") and time.monotonic() < deadline:
+            time.sleep(0.2)  # accelerate does not wait for the run
+    if not launcher:
+        assert process.returncode == 130 and "Traceback" not in log.read_text(encoding="utf-8")
     (checkpoint,) = (tmp_path / "model").glob("checkpoint-*")
     assert f"--resume_from_checkpoint {checkpoint}" in log.read_text(encoding="utf-8")
     step = int(checkpoint.name.split("-")[1])
