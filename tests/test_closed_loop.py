@@ -314,6 +314,24 @@ def test_losses_and_figures_are_those_of_the_definitions():
     assert not any(figure.requires_grad for figure in vars(figures).values())
 
 
+@pytest.mark.parametrize("play", ["simultaneous", "alternating"])
+def test_a_model_whose_outputs_are_tuples_by_configuration_plays_the_same(play):
+    settings = make_objective(**dict.fromkeys(WEIGHTS, 0.5))
+    figures = []
+    for return_dict in (True, False):
+        model = build_model()
+        model.config.return_dict, model.config.output_hidden_states = return_dict, not return_dict
+        loop = ClosedLoop(model, settings, *(torch.optim.SGD(p, lr=0.1) for p in player_parameters(model)), play=play)
+        figures.append(vars(loop.step(batch(), None, batch(seed=2))))
+    assert figures[0] == figures[1]
+
+
+def test_a_distortion_at_which_rates_of_unit_vectors_lose_digits_is_refused_before_the_first_step():
+    players = [torch.optim.SGD(p, lr=0.1) for p in player_parameters(build_model())]
+    with pytest.raises(ValueError, match=r"distortion=1e-13 is too small for latents of d = 6"):
+        ClosedLoop(build_model(), make_objective(distortion=1e-13), *players)
+
+
 # ---- steps
 
 

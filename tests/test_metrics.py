@@ -223,6 +223,13 @@ def test_match_counts_the_reconstructions_whose_nearest_latent_is_their_own() ->
     assert filled(ClosedLoopConsistency(), z, zh, batch=3).compute()["match"] == 0.75
 
 
+def test_match_of_no_latents_and_sparsity_of_no_codes_are_errors() -> None:
+    with pytest.raises(ValueError, match=r"latents must hold at least one image, got shape \(0, 4\)"):
+        nearest_latent_match(torch.zeros(0, 4), torch.zeros(0, 4))
+    with pytest.raises(ValueError, match="codes must hold at least one stage, got none"):
+        CodeSparsity().update(())
+
+
 def test_consistency_agrees_with_all_cosines_at_once() -> None:
     z, zh = pair(600, 5)
     cosines = (z.numpy() @ zh.numpy().T) / np.outer(np.linalg.norm(z, axis=1), np.linalg.norm(zh, axis=1))
@@ -280,6 +287,19 @@ def test_spectrum_and_rates_agree_with_singular_values_and_the_rates_of_all_late
     )
     share = np.array(got["spectrum"]) / sum(got["spectrum"])
     assert got["effective_rank"] == pytest.approx(np.exp(-(share * np.log(share)).sum()), rel=1e-6)
+
+
+def test_rates_of_long_latents_at_a_tiny_distortion_are_exact_or_refused() -> None:
+    z, zh = (30 * latents @ torch.randn(3, 12) for latents in pair(50, 3))  # of rank 3
+    got = filled(LatentSpectrum(distortion=1e-4), z, zh, batch=7).compute()
+    rates = []
+    for latents in (z, zh, torch.cat([z, zh])):
+        sigma = np.linalg.svd(latents.double().numpy(), compute_uv=False)
+        rates.append(0.5 * np.log1p(12 / (len(latents) * 1e-4) * sigma**2).sum())
+    assert [got["rate"], got["reconstructed_rate"]] == pytest.approx(rates[:2], abs=1e-3)
+    assert got["rate_reduction"] == pytest.approx(rates[2] - (rates[0] + rates[1]) / 2, abs=1e-3)
+    with pytest.raises(ValueError, match="distortion=1e-12 is too small for latents of d = 12"):
+        LatentSpectrum(distortion=1e-12).update(z, zh)
 
 
 def test_effective_rank_is_the_number_of_directions_that_are_used_alike() -> None:

@@ -90,6 +90,17 @@ def test_coding_rates_of_rows_of_any_length_are_exact(length, distortion, n, d, 
     assert (gradient - expected).norm() < 1e-2 * expected.norm()
 
 
+@pytest.mark.parametrize(("length", "distortion"), [(1, 1e-6), (1e3, 0.5), (1e-4, 1e-12), (1e-3, 10)])
+def test_rate_reductions_of_single_rows_of_any_length_are_exact(length, distortion):
+    z, zh = (length * unit_rows(6, 8, seed).float() for seed in (1, 2))
+    zh = torch.cat([zh[:3] / 10, z[3:] + zh[3:] / 1000])
+    got = sample_rate_reduction(z, zh, distortion=distortion)
+    for row, reconstructed, found in zip(z, zh, got, strict=True):
+        sets = (torch.stack([row, reconstructed]), row[None], reconstructed[None])
+        union, one, other = (rate_by_singular_values(rows, distortion) for rows in sets)
+        assert found.item() == pytest.approx(union - (one + other) / 2, rel=1e-5, abs=1e-5)
+
+
 @pytest.mark.parametrize("rate", [coding_rate, lambda z, **o: rate_reduction(z, z, **o)])
 @pytest.mark.parametrize(("length", "distortion"), [(1, 1e-12), (1e7, 0.5), (1e-3, 1e-20)])
 def test_rates_that_would_lose_digits_are_refused_with_what_would_do(rate, length, distortion):

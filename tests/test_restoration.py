@@ -47,6 +47,16 @@ def pipe() -> CtrlCscPipeline:
     return pipe
 
 
+def test_outputs_that_are_tuples_by_configuration_change_nothing(pipe):
+    images, mask = smooth_images(2), random_mask(2)
+    results = []
+    for return_dict in (True, False):
+        pipe.model.config.return_dict = return_dict
+        results.append([pipe(images, output_type="pt").images, pipe.denoise(images, 0.2, output_type="pt")])
+        results[-1] += [pipe.inpaint(images, mask, output_type="pt"), pipe.encode(images)]
+    assert all(torch.equal(one, other) for one, other in zip(*results, strict=True))
+
+
 def smooth_images(count: int, seed: int = 0) -> torch.Tensor:
     """Gradients of colour (count, 3, 16, 16), in [0, 1]."""
     corners = torch.rand(count, 3, 2, 2, generator=torch.Generator().manual_seed(seed))

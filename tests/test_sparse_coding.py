@@ -521,6 +521,15 @@ def test_wrong_arguments_are_errors_that_name_argument_value_and_what_is_allowed
         ConvolutionalSparseCoding(**arguments)
 
 
+@pytest.mark.parametrize("signal_channels", [3, 8])
+def test_of_no_signals_there_are_no_codes(signal_channels):
+    stage = ConvolutionalSparseCoding(signal_channels, 5, 4, 2, 1)
+    signal = torch.zeros(0, signal_channels, 8, 8)
+    codes = stage(signal)
+    assert codes.shape == stage.adjoint(signal).shape == (0, 5, 4, 4)
+    assert stage.synthesize(codes).shape == signal.shape and stage.energy(signal, codes).shape == (0,)
+
+
 def test_stage_learns_alone_in_five_lines():
     torch.manual_seed(0)
     images = torch.rand(4, 3, 12, 12) * 2 - 1

@@ -121,6 +121,18 @@ def test_the_length_of_latents_around_zero_is_that_of_the_coding_rate() -> None:
     torch.testing.assert_close(length[0], (100 + 10) * coding_rate(latents, distortion=0.3))
 
 
+def test_a_length_is_exact_or_refused() -> None:
+    rows = 50 * torch.randn(40, 3, generator=torch.Generator().manual_seed(0)).double() @ torch.eye(3, 12).double()
+    sigma = np.linalg.svd(rows.numpy(), compute_uv=False)  # of rank 3, so that the determinant rests on the identity
+    arguments = torch.tensor([40.0]), torch.zeros(1, 12).double(), (rows.T @ rows / 40)[None]
+    expected = (40 + 12) * 0.5 * np.log1p(12 / (1e-6 * 40) * sigma**2).sum()
+    assert coding_length(*arguments, distortion=1e-6).item() == pytest.approx(expected, rel=1e-6)
+    with pytest.raises(ValueError, match=r"distortion=1e-06 is too small for covariances in torch.float32"):
+        coding_length(*(argument.float() for argument in arguments), distortion=1e-6)
+    with pytest.raises(ValueError, match=r"distortion=1e-12 is too small for latents of d = 12"):
+        segment(rows, distortion=1e-12)
+
+
 def test_it_merges_as_the_paper_does_from_single_latents() -> None:
     rows = latents_and_labels(30, 4)[0].double().numpy()
     distortion = 0.02

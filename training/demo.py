@@ -80,7 +80,7 @@ def main() -> None:
     held_out = read_digits(data, "test")
     mean_image = read_digits(data, "train").mean(dim=0).expand_as(held_out)
     with torch.no_grad():
-        reconstructions = model(held_out).reconstruction
+        reconstructions = model(held_out, return_dict=True).reconstruction
         examples = [Image.open(path) for path in sorted(CHECKPOINT.glob("examples/*.png"))]
         photographs = CtrlCscImageProcessor.from_pretrained(CHECKPOINT)(examples, return_tensors="pt").pixel_values
         of_photographs = CtrlCscModel.from_pretrained(CHECKPOINT).eval()(photographs).reconstruction

@@ -329,7 +329,7 @@ def held_out_figures(
     psnr, latents, reconstructed, reconstructions = [], [], [], []
     for batch in images.split(batch_size):
         batch = batch.to(model.device)
-        output = model(batch, output_reconstructed_latents=True)
+        output = model(batch, output_reconstructed_latents=True, return_dict=True)
         psnr.append(peak_signal_to_noise_ratio(batch, output.reconstruction))
         latents.append(output.latents)
         reconstructed.append(output.reconstructed_latents)
@@ -367,7 +367,8 @@ def save_model(
     """
     model.save_pretrained(output_dir)
     shown = held_out[:GRID_IMAGES]
-    save_grid(output_dir / "reconstructions.png", shown, model(shown.to(model.device)).reconstruction.cpu())
+    reconstructions = model(shown.to(model.device), return_dict=True).reconstruction.cpu()
+    save_grid(output_dir / "reconstructions.png", shown, reconstructions)
     processor = CtrlCscImageProcessor(image_size=model.config.image_size)
     (output_dir / "examples").mkdir(exist_ok=True)
     for index, image in enumerate(processor.postprocess(shown[:EXAMPLES])):

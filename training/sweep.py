@@ -166,7 +166,7 @@ def measure(folder: Path, arguments: argparse.Namespace) -> dict[str, float]:
     for batch, y in zip(fitted_images.split(BATCH_SIZE), fitted_labels.split(BATCH_SIZE), strict=True):
         probe.fit_update(model.encode(batch).latents, y)
     for batch, y in zip(images.split(BATCH_SIZE), labels.split(BATCH_SIZE), strict=True):
-        output = model(batch, output_reconstructed_latents=True)
+        output = model(batch, output_reconstructed_latents=True, return_dict=True)
         psnr.update(batch, output.reconstruction)
         consistency.update(output.latents, output.reconstructed_latents)
         distance.update(features(batch), features(output.reconstruction))

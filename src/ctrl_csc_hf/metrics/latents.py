@@ -12,7 +12,13 @@ NEIGHBOURS = 10
 
 
 def nearest_latent_match(latents: Tensor, reconstructed_latents: Tensor, chunk: int = CHUNK) -> float:
-    """Share of the reconstructions whose nearest latent, by cosine, is their own original's: z, zh (n, d) -> [0, 1]."""
+    """Share of the reconstructions whose nearest latent, by cosine, is their own original's: z, zh (n, d) -> [0, 1].
+
+    Raises:
+        ValueError: for no latents.
+    """
+    if len(latents) == 0:
+        raise ValueError(f"latents must hold at least one image, got shape {tuple(latents.shape)}")
     z = F.normalize(latents.float(), dim=1)
     hits = 0
     for start in range(0, len(z), chunk):
@@ -69,10 +75,12 @@ class CodeSparsity(Statistic):
         """Adds a batch's codes, (n, C, h, w) of each stage.
 
         Raises:
-            ValueError: for another number of stages or atoms than before, or stages of different numbers of images.
+            ValueError: for no stage, another number of stages or atoms than before, or stages of different numbers of images.
         """
         if self.active and len(codes) != len(self.active):
             raise ValueError(f"codes must have {len(self.active)} stages as before, got {len(codes)}")
+        if not codes:
+            raise ValueError("codes must hold at least one stage, got none: ask the model for output_codes=True")
         for stage, code in enumerate(codes):
             if code.ndim != 4 or len(code) != len(codes[0]):
                 raise ValueError(
