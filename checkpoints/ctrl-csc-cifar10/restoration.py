@@ -51,7 +51,7 @@ def denoise(model: Any, noisy: Tensor, sparsity: float) -> Tensor:
         sparsity: lambda. Towards 0 the result is y, as far as the dictionary reaches; from max A*(y - xh(y)) on it
             is xh(y).
     """
-    reconstruction = model(noisy).reconstruction
+    reconstruction = model(noisy, return_dict=True).reconstruction
     return explain(
         model.encoder.stages[0], noisy, reconstruction, sparsity=sparsity, num_iterations=DENOISING_ITERATIONS
     )
@@ -124,7 +124,7 @@ def inpaint(model: Any, image: Tensor, missing: Tensor) -> Tensor:
     estimate = estimate.expand_as(image)
     for _ in range(COMPLETION_ROUNDS):
         explained = explain(model.encoder.stages[0], image, estimate, known=known, num_iterations=COMPLETION_ITERATIONS)
-        estimate = model(explained.where(missing, image)).reconstruction
+        estimate = model(explained.where(missing, image), return_dict=True).reconstruction
     return estimate
 
 

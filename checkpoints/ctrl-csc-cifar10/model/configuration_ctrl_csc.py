@@ -8,28 +8,34 @@ from transformers import PreTrainedConfig
 
 GRADIENTS = ("unrolled", "implicit")
 DECODER_NORMALIZATIONS = ("batch_norm", "inverse")
-LEAST_DEFAULT_SIZE = 8
 LARGEST_LAST_SIDE = 8
 
 
-def default_stages(image_size: int) -> dict[str, list[int]]:
+def default_stages(image_size: int, halvings: int | None = None) -> dict[str, list[int]]:
     """The stages of a model of images of this side: `stage_channels`, `kernel_sizes`, `strides` and `paddings`.
 
-    Stages of 4x4 kernels and stride 2 halve the side until it is at most 8; there are at least two of them, with 64,
-    128, 256, 512, 512, ... atoms. The kernel of the last stage is the side that is left.
+    Stages of 4x4 kernels and stride 2 halve the side, with 64, 128, 256, 512, 512, ... atoms. The kernel of the last
+    stage is the side that is left.
+
+    Args:
+        image_size: in pixels.
+        halvings: number of stages before the last one; by default as many as bring the side to 8 or less, and at least
+            two.
 
     Raises:
-        ValueError: for an `image_size` below 8.
+        ValueError: for an `image_size` that cannot be halved so often.
     """
+    if halvings is None:
+        halvings = 2
+        while image_size // 2**halvings > LARGEST_LAST_SIDE:
+            halvings += 1
+    side = image_size // 2**halvings
     _require(
-        image_size >= LEAST_DEFAULT_SIZE,
+        side >= 1,
         "image_size",
         image_size,
-        f"at least {LEAST_DEFAULT_SIZE} where stage_channels, kernel_sizes, strides and paddings are not all given",
+        f"at least {2**halvings} for {halvings} stages of stride 2; give kernel_sizes, strides and paddings for others",
     )
-    halvings, side = 2, image_size // 4
-    while side > LARGEST_LAST_SIDE:
-        halvings, side = halvings + 1, side // 2
     return {
         "stage_channels": [min(64 * 2**stage, 512) for stage in range(halvings)],
         "kernel_sizes": [4] * halvings + [side],
@@ -66,11 +72,11 @@ class CtrlCscConfig(_StrictCtrlCscConfig):
 
     Args:
         image_size (`int`): side of the square images, in pixels. The stages must bring it to 1x1. Alone it is enough:
-            stages that are not given are those of `default_stages(image_size)`.
+            the stages are then those of `default_stages`.
         num_channels (`int`): channels of the images.
         latent_dim (`int`): d, the length of the unit vector that stands for an image.
         stage_channels (`list[int]`, *optional*): number of atoms of every sparse-coding stage, from pixels inwards.
-            One last stage, linear and with `latent_dim` atoms, follows them.
+            One last stage, linear and with `latent_dim` atoms, follows them. They may be given alone, too.
         kernel_sizes, strides, paddings (`list[int]`, *optional*): of every stage, the last one included, so one entry
             more than `stage_channels`.
         sparsity (`float`): lambda, the weight of |z|_1 in every sparse-coding stage.
@@ -103,7 +109,7 @@ class CtrlCscConfig(_StrictCtrlCscConfig):
             raise ValueError(str(error)) from error
         for field in ("stage_channels", "kernel_sizes", "strides", "paddings"):
             if field not in kwargs:
-                setattr(self, field, default_stages(self.image_size)[field])
+                setattr(self, field, default_stages(self.image_size, len(self.stage_channels) or None)[field])
         self._check()
 
     @classmethod
@@ -151,10 +157,9 @@ class CtrlCscConfig(_StrictCtrlCscConfig):
         for field in ("stage_channels", "kernel_sizes", "strides"):
             value = getattr(self, field)
             _require(len(value) > 0 and min(value) >= 1, field, value, "a list of positive integers")
-        advice = "and the stages of default_stages if none of the four lists is given"
         for field in ("kernel_sizes", "strides", "paddings"):
             value, stages = getattr(self, field), len(self.stage_channels) + 1
-            _require(len(value) == stages, field, value, f"{stages} entries, one more than stage_channels, {advice}")
+            _require(len(value) == stages, field, value, f"{stages} entries, one more than stage_channels")
         for kernel_size, padding in zip(self.kernel_sizes, self.paddings, strict=True):
             allowed = f"at least 0 and less than its kernel size (kernel_sizes={list(self.kernel_sizes)})"
             _require(0 <= padding < kernel_size, "paddings", self.paddings, f"entries {allowed}")

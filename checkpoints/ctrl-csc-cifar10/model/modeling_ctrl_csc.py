@@ -24,7 +24,6 @@ from .configuration_ctrl_csc import CtrlCscConfig
 from .sparse_coding import ConvolutionalDictionary, ConvolutionalSparseCoding
 
 LATENT_OFFSET = 1e-3  # added to a latent's first coordinate before it is scaled to unit length
-LARGEST_PIXEL = 16.0
 SMALLEST_GAMMA = 0.05  # of a batch norm that the decoder inverts
 # Of `from_pretrained`: where a file lies.
 HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "revision", "subfolder", "token")
@@ -165,8 +164,8 @@ class CtrlCscPreTrainedModel(PreTrainedModel):
         return bool(self.config.output_hidden_states if output_hidden_states is None else output_hidden_states)
 
     def _check_batch(self, name: str, batch: Tensor) -> None:
-        if self.training and batch.shape[0] == 0:
-            raise ValueError(f"{name} must not be empty in training, which needs a batch's statistics: got no image")
+        if batch.shape[0] == 0:
+            raise ValueError(f"{name} must hold at least one image, got shape {tuple(batch.shape)}")
 
     def _run_stage(self, stage: Callable[[Tensor, bool], Any], signal: Tensor, update_statistics: bool) -> Any:
         """stage(signal, update_statistics), by gradient checkpointing where that is on."""
@@ -269,8 +268,7 @@ class CtrlCscEncoder(CtrlCscPreTrainedModel):
     ) -> CtrlCscEncoderOutput:
         """
         Args:
-            pixel_values: (n, num_channels, image_size, image_size), in [-1, 1]. Values beyond 16 are clipped there, as
-                they would overflow in float16.
+            pixel_values: (n, num_channels, image_size, image_size), in [-1, 1].
             output_codes: whether to return the codes of every sparse-coding stage.
             output_energy: whether to return the stages' sparse-coding energy.
             update_statistics: in training, whether this batch counts in the running statistics of the batch
@@ -282,8 +280,7 @@ class CtrlCscEncoder(CtrlCscPreTrainedModel):
                 the configuration says.
 
         Raises:
-            ValueError: if the images do not have the size and channels of the configuration, and for an empty batch in
-                training.
+            ValueError: if the images do not have the size and channels of the configuration, and for an empty batch.
         """
         expected = (self.config.num_channels, self.config.image_size, self.config.image_size)
         if pixel_values.ndim != 4 or pixel_values.shape[1:] != expected:
@@ -292,8 +289,7 @@ class CtrlCscEncoder(CtrlCscPreTrainedModel):
             )
         self._check_batch("pixel_values", pixel_values)
         output_hidden_states = self._wants_hidden_states(output_hidden_states)
-        clipped = pixel_values.clamp(-LARGEST_PIXEL, LARGEST_PIXEL)
-        signal = clipped.where(pixel_values.isfinite(), pixel_values).to(self.dtype)  # what is not finite must show
+        signal = pixel_values.to(self.dtype)
         all_codes: tuple[Tensor, ...] = ()
         energy = signal.new_zeros(signal.shape[0])
         for stage, norm in zip(self.stages, self.norms, strict=True):
@@ -312,7 +308,7 @@ class CtrlCscEncoder(CtrlCscPreTrainedModel):
         latents, length = _unit_vectors(vector.flatten(1))
         if self.training and update_statistics:
             lengths = length.to(self.latent_norm.dtype)
-            sums = torch.stack([lengths.sum(), lengths.new_tensor(len(lengths))])
+            sums = torch.stack([lengths.sum(), torch.ones_like(lengths).sum()])
             if self.sum_over_processes is not None:
                 sums = self.sum_over_processes(sums)
             self.latent_norm.lerp_(sums[0] / sums[1], self.latent_norm_momentum)
@@ -374,7 +370,7 @@ class CtrlCscDecoder(CtrlCscPreTrainedModel):
                 the configuration says.
 
         Raises:
-            ValueError: if the latents do not have `latent_dim` entries, and for an empty batch in training.
+            ValueError: if the latents do not have `latent_dim` entries, and for an empty batch.
         """
         if latents.ndim != 2 or latents.shape[1] != self.config.latent_dim:
             raise ValueError(f"latents must have shape (n, {self.config.latent_dim}), got {tuple(latents.shape)}")
@@ -429,8 +425,7 @@ class CtrlCscModel(CtrlCscPreTrainedModel):
                 the configuration says.
 
         Raises:
-            ValueError: if the images do not have the size and channels of the configuration, and for an empty batch in
-                training.
+            ValueError: if the images do not have the size and channels of the configuration, and for an empty batch.
         """
         encoded = self.encode(pixel_values, output_codes=output_codes, output_hidden_states=output_hidden_states)
         reconstruction = self.decode(encoded.latents, output_hidden_states=False).reconstruction

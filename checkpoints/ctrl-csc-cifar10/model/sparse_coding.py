@@ -125,14 +125,14 @@ class ConvolutionalDictionary(nn.Module):
 
     def _correlate(self, signal: Tensor, atoms: Tensor, bias: Tensor | None = None) -> Tensor:
         atoms = atoms.contiguous(memory_format=torch.channels_last)  # the codes' format is theirs, and the faster one
-        if not self._in_blocks:
+        if not self._in_blocks or signal.shape[0] == 0:  # pixel_unshuffle leaves an empty batch as it is
             return F.conv2d(signal, atoms, bias, self.stride, self.padding)
         blocks = F.pixel_unshuffle(F.pad(signal, self._frame(self._surplus(signal))), self.stride)
         return F.conv2d(blocks, F.pixel_unshuffle(atoms, self.stride), bias)
 
     def _superpose(self, codes: Tensor, atoms: Tensor, surplus: list[int]) -> Tensor:
         atoms = atoms.contiguous(memory_format=torch.channels_last)
-        if not self._in_blocks:
+        if not self._in_blocks or codes.shape[0] == 0:
             return F.conv_transpose2d(codes, atoms, None, self.stride, self.padding, surplus)
         blocks = F.conv_transpose2d(codes, F.pixel_unshuffle(atoms, self.stride))
         return F.pad(F.pixel_shuffle(blocks, self.stride), [-width for width in self._frame(surplus)])
@@ -161,7 +161,7 @@ class ConvolutionalSparseCoding(ConvolutionalDictionary):
         nonnegative: whether codes are restricted to z >= 0.
         gradient: "unrolled" differentiates the steps of FISTA, and keeps them all in memory; "implicit" the
             minimiser that they approach, in memory that does not grow with their number. It needs a ridge and codes
-            within 10% of the minimiser, and breaks the graph of torch.compile.
+            within 10% of the minimiser, and breaks the graph of torch.compile; call torch.export under torch.no_grad().
 
     Attributes:
         operator_norm: buffer, the largest singular value of A as an operator on signals of the size in
