@@ -75,7 +75,8 @@ class CodeSparsity(Statistic):
         """Adds a batch's codes, (n, C, h, w) of each stage.
 
         Raises:
-            ValueError: for no stage, another number of stages or atoms than before, or stages of different numbers of images.
+            ValueError: for no stage, another number of stages or atoms than before, and stages of unequal numbers of
+                images.
         """
         if self.active and len(codes) != len(self.active):
             raise ValueError(f"codes must have {len(self.active)} stages as before, got {len(codes)}")
