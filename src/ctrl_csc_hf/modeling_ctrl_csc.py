@@ -308,7 +308,7 @@ class CtrlCscEncoder(CtrlCscPreTrainedModel):
         latents, length = _unit_vectors(vector.flatten(1))
         if self.training and update_statistics:
             lengths = length.to(self.latent_norm.dtype)
-            sums = torch.stack([lengths.sum(), lengths.new_tensor(len(lengths))])
+            sums = torch.stack([lengths.sum(), torch.ones_like(lengths).sum()])
             if self.sum_over_processes is not None:
                 sums = self.sum_over_processes(sums)
             self.latent_norm.lerp_(sums[0] / sums[1], self.latent_norm_momentum)
