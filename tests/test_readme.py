@@ -110,31 +110,31 @@ def test_publish_commands_write_and_upload_the_same(folder: Path, monkeypatch: p
     }
 
 
-@pytest.mark.parametrize(
-    ("script", "short_form"),
-    [
-        (
-            "train",
-            [
-                "--max_train_steps=1",
-                "--train_batch_size=64",
-                "--num_validation_images=64",
-                "--energy_warmup_steps=0",
-                "--deconvolution_warmup_steps=1",
-            ],
-        ),
-        ("evaluate", ["--num_images", "100", "--num_frechet_images", "100", "--train_split", "test"]),
-    ],
-)
-def test_training_and_evaluation_commands_run_on_the_local_copy(
-    script: str, short_form: list[str], folder: Path, cifar10: str
-) -> None:
-    (command,) = (command for command in COMMANDS if f"training/{script}.py" in command)
-    words = shlex.split(command.replace("uoft-cs/cifar10", cifar10).replace("--image_column img", ""))
-    words = [str(ROOT / word) if word.startswith("training/") else word for word in words]
-    if script == "evaluate" and "CTRL_CSC_RESNET" in os.environ:
-        words += ["--feature_model", os.environ["CTRL_CSC_RESNET"]]
-    run([*words, "--image_column", "image", *short_form], folder)
+def test_training_and_evaluation_commands_run_on_local_copies(folder: Path, cifar10: str) -> None:
+    short_forms = {
+        "train": [
+            "--max_train_steps=1",
+            "--train_batch_size=64",
+            "--num_validation_images=64",
+            "--energy_warmup_steps=0",
+            "--deconvolution_warmup_steps=1",
+        ],
+        "evaluate": ["--num_images=100", "--num_frechet_images=100", "--num_probe_images=500", "--train_split=test"],
+    }
+    (folder / "images").mkdir()
+    for index in range(20):
+        Image.new("RGB", (40, 32), (12 * index, 100, 200)).save(folder / "images" / f"{index}.png")
+    commands = [command for command in COMMANDS if "training/" in command]
+    assert len(commands) == 3
+    for command in commands:
+        words = shlex.split(command.replace("uoft-cs/cifar10", cifar10))
+        (script,) = (Path(word).stem for word in words if word.startswith("training/"))
+        words = [str(ROOT / word) if word.startswith("training/") else word for word in words]
+        if script == "evaluate" and "CTRL_CSC_RESNET" in os.environ:
+            words += ["--feature_model", os.environ["CTRL_CSC_RESNET"]]
+        if "images" in words:
+            words += ["--resolution", "16"]
+        run([*words, *short_forms[script]], folder)
 
 
 def test_commands_in_docs_are_such_commands_with_settings_that_exist() -> None:

@@ -22,6 +22,8 @@ CONFIG = {
     "strides": [2, 2, 1],
     "paddings": [1, 1, 0],
     "sparsity": 0.02,
+    "num_iterations": 2,
+    "share_dictionaries": False,
 }
 
 
@@ -119,7 +121,7 @@ def test_an_interrupt_ends_it_after_a_step_and_another_goes_on_from_its_state(lo
 @pytest.mark.parametrize("shared", [False, True])
 def test_the_deconvolution_of_all_stages_then_gives_the_pixels(precision: str, shared: bool) -> None:
     torch.manual_seed(0)
-    config = CtrlCscConfig(**CONFIG, share_dictionaries=shared)
+    config = CtrlCscConfig(**CONFIG | {"share_dictionaries": shared})
     model, images = CtrlCscModel(config).train(), smooth_images()
     learn(model, images, steps=20)
     invert_encoder(model, images)
