@@ -10,7 +10,7 @@ from transformers import AutoConfig, AutoModel
 from ctrl_csc_hf import CtrlCscConfig, CtrlCscEncoder, CtrlCscModel
 from ctrl_csc_hf.batch_norm import BatchNorm
 from ctrl_csc_hf.closed_loop import ClosedLoop, ClosedLoopFigures
-from ctrl_csc_hf.distributed import sum_over_processes
+from ctrl_csc_hf.distributed import count_over_processes
 from ctrl_csc_hf.sparse_coding import ConvolutionalDictionary
 
 LEAK = 0.2  # of the leaky relu, as in DCGAN's discriminator, which CTRL's encoder is
@@ -79,14 +79,11 @@ class SquaredErrorLoop(ClosedLoop):
         """Adds the squared error's gradients; the figures are the game's, their two losses the squared error."""
         z = self.model.encode(pixel_values).latents
         xh = self.model.decode(z).reconstruction
-        count = sum_over_processes(torch.tensor(len(z), device=z.device))
+        count = count_over_processes(len(z), z.device)
         loss = (pixel_values - xh.float()).square().flatten(1).mean(dim=1).sum() / count
         with torch.no_grad():
             zh = self.model.encode(xh, update_statistics=False, reuse_statistics=self.reuse_statistics).latents
             _, rates = self.objective.utility(z, zh, labels)
             consistency = self.objective.self_consistency(z, zh).sum() / count
-        figures = self._figures(pixel_values, xh, loss.new_zeros(()), rates, consistency, loss, loss, count)
-        if not torch.isfinite(figures.encoder_loss):
-            raise FloatingPointError(f"the squared error is {figures.encoder_loss.item()}")
         loss.backward()
-        return figures
+        return self._figures(pixel_values, xh, loss.new_zeros(()), rates, consistency, loss, loss, count)

@@ -1,10 +1,10 @@
-"""What an average of weights needs before it is evaluated or saved."""
+"""The average of weights that a run keeps, and what it needs before it is evaluated or saved."""
 
 import copy
+from collections.abc import Iterable
 
 import torch
-from diffusers.training_utils import EMAModel
-from torch import Tensor
+from torch import Tensor, nn
 
 from ctrl_csc_hf import CtrlCscModel
 from ctrl_csc_hf.batch_norm import BatchNorm
@@ -12,18 +12,57 @@ from ctrl_csc_hf.batch_norm import BatchNorm
 CALIBRATION_IMAGES = 2048
 
 
-def averaged_model(model: CtrlCscModel, ema: EMAModel, images: Tensor, batch_size: int) -> CtrlCscModel:
-    """A copy of the model with the averaged weights: atoms projected, operator norms and batch norms made to fit.
+class AverageOfWeights:
+    """The exponential moving average of weights.
+
+    Args:
+        parameters: to be averaged.
+        decay: to which the decay rises: it is (n + 1) / (n + 10) at the n-th step after the first, which copies.
+
+    Attributes:
+        weights: the average, a tensor for each parameter.
+        steps: number of steps.
+    """
+
+    def __init__(self, parameters: Iterable[nn.Parameter], decay: float) -> None:
+        self.weights = [parameter.detach().clone() for parameter in parameters]
+        self.decay, self.steps = decay, 0
+        self._rate = torch.ones((), device=self.weights[0].device)  # read by a captured step
+
+    def advance(self) -> None:
+        """Counts a step: before `update`, and on the host, where a captured step does not come."""
+        self.steps += 1
+        self._rate.fill_(1 - min(self.steps / (self.steps + 9), self.decay) if self.steps > 1 else 1.0)
+
+    @torch.no_grad()
+    def update(self, parameters: Iterable[nn.Parameter]) -> None:
+        difference = torch._foreach_sub(list(parameters), self.weights)
+        torch._foreach_mul_(difference, self._rate)
+        torch._foreach_add_(self.weights, difference)
+
+    @torch.no_grad()
+    def copy_to(self, parameters: Iterable[nn.Parameter]) -> None:
+        torch._foreach_copy_(list(parameters), self.weights)
+
+
+def evaluated_model(
+    model: CtrlCscModel, average: AverageOfWeights | None, images: Tensor, batch_size: int
+) -> CtrlCscModel:
+    """A copy of the model for evaluation: with the averaged weights and batch norms that fit them, if there is an
+    average, and with operator norms to within 1%.
 
     Args:
         images: training images (n, C, H, W) for the batch norms' statistics, pixels in [-1, 1].
         batch_size: images a batch of those.
     """
-    averaged = copy.deepcopy(model)
-    ema.copy_to(averaged.parameters())
-    averaged.project_parameters()
-    recompute_statistics(averaged, images, batch_size)
-    return averaged.eval()
+    evaluated = copy.deepcopy(model)
+    if average is not None:
+        average.copy_to(evaluated.parameters())
+        evaluated.project_parameters()
+    evaluated.refine_operator_norms()
+    if average is not None:
+        recompute_statistics(evaluated, images, batch_size)
+    return evaluated.eval()
 
 
 @torch.no_grad()

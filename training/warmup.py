@@ -4,17 +4,15 @@ The game then begins with reconstructions of their images, which a decoder with 
 against an encoder that moves on.
 """
 
-import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
-from accelerate import Accelerator
+from steps import make_adam, set_learning_rate
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from ctrl_csc_hf import CtrlCscModel
-from ctrl_csc_hf.distributed import sum_gradients, sum_over_processes
+from ctrl_csc_hf.distributed import count_over_processes, sum_gradients, sum_over_processes
 
 CHANNELWISE = (0, 2, 3)
 FIT_ITERATIONS = 30
@@ -52,60 +50,28 @@ class Descent:
     ) -> None:
         self.loss, self.model, self.steps, self.done = loss, model, steps, 0
         self.learning_rate = learning_rate
-        self.optimizer = torch.optim.Adam(model.parameters(), learning_rate)
+        self.optimizer = make_adam(model.parameters(), learning_rate)
+        self._parameters = list(model.parameters())
 
-    def run(
-        self,
-        accelerator: Accelerator,
-        batches: Iterator[Tensor],
-        is_interrupted: Callable[[], bool],
-        after_step: Callable[[float], None],
-    ) -> bool:
-        """Makes the steps that are left.
+    def advance(self) -> None:
+        """Counts a step and sets its learning rate: before `step`, and on the host, where a captured step does not come."""
+        set_learning_rate(self.optimizer, self.learning_rate * (1 - self.done / self.steps))
+        self.done += 1
 
-        Args:
-            accelerator: gives the precision.
-            batches: images (n, C, H, W), pixels in [-1, 1], one for each step. Over several processes, its part.
-            is_interrupted: asked after each step but the last whether to stop.
-            after_step: called after each step with the batch's mean of the loss before it.
+    def step(self, images: Tensor) -> dict[str, Tensor]:
+        """One step on images (n, C, H, W), pixels in [-1, 1]; over several processes, on this one's part of them.
 
         Returns:
-            Whether it came to its end.
-
-        Raises:
-            FloatingPointError: where that is not finite; the optimiser has not stepped with it.
+            loss: the batch's mean of the loss before the step, a scalar on the device.
         """
-        parameters = list(self.model.parameters())
-        name = self.loss.__name__.replace("_", " ")
-        with tqdm(
-            total=self.steps,
-            initial=self.done,
-            desc=f"before the game: {name}",
-            disable=not accelerator.is_main_process,
-        ) as progress:
-            while self.done < self.steps:
-                images = next(batches)
-                count = sum_over_processes(torch.tensor(len(images), device=images.device))
-                with accelerator.autocast():
-                    mean_loss = self.loss(self.model, images).sum() / count
-                mean_loss.backward()
-                sum_gradients(parameters)
-                shown = sum_over_processes(mean_loss.detach()).item()
-                if not math.isfinite(shown):
-                    raise FloatingPointError(f"the {name} is {shown}")
-                for group in self.optimizer.param_groups:
-                    group["lr"] = self.learning_rate * (1 - self.done / self.steps)
-                self.optimizer.step()
-                self.optimizer.zero_grad(set_to_none=True)
-                self.model.project_parameters()
-                self.done += 1
-                progress.update()
-                progress.set_postfix_str(f"{shown:.4f}")
-                after_step(shown)
-                if self.done < self.steps and is_interrupted():
-                    return False
-        self.optimizer.state.clear()  # of no use to the checkpoints of the game
-        return True
+        mean_loss = self.loss(self.model, images).sum() / count_over_processes(len(images), images.device)
+        mean_loss.backward()
+        sum_gradients(self._parameters)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.model.project_parameters()
+        torch.clear_autocast_cache()  # which holds the weights of before, for as long as its context lasts
+        return {"loss": sum_over_processes(mean_loss.detach())}
 
 
 @torch.no_grad()

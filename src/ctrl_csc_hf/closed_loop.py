@@ -9,18 +9,25 @@ J is the utility (an objective of rate_reduction.py), S self-consistency, E the 
 the latents of augmented images. Dai et al., Entropy 24(4):456, 2022; Tong et al., CPAL 2024.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from .distributed import gather_for_all, num_processes, sum_for_all, sum_gradients, sum_over_processes
+from .distributed import (
+    count_over_processes,
+    gather_for_all,
+    num_processes,
+    sum_for_all,
+    sum_gradients,
+    sum_over_processes,
+)
 from .modeling_ctrl_csc import CtrlCscModel
 from .rate_reduction import (
     check_precision,
+    class_moments,
     cosine_distance,
     multiclass_objective_of_moments,
     multiclass_objective_of_pair,
@@ -85,33 +92,39 @@ class ClosedLoopObjective:
 
         Args:
             latents, reconstructed: z and zh (n, d).
-            labels: (n,), for "multi".
+            labels: (n,), for "multi"; on the CPU they make no GPU wait.
         """
-        if self.objective != "multi":
-            classes, labels = 1, torch.zeros(len(latents), dtype=torch.int64, device=latents.device)
-        elif labels is None or self.num_classes is None:
-            raise ValueError("labels must be given for objective='multi', got None")
+        if self.objective == "multi":
+            if labels is None or self.num_classes is None:
+                raise ValueError("labels must be given for objective='multi', got None")
+            utility, rates = self._multiclass(latents, reconstructed, labels, self.num_classes)
         else:
-            classes = self.num_classes
+            if num_processes() == 1:
+                rates = rates_of_pair(latents, reconstructed, distortion=self.distortion)
+            else:
+                moments = sum_for_all(second_moments(torch.stack([latents, reconstructed])))
+                count = count_over_processes(len(latents), latents.device)
+                rates = rates_of_moments(moments, count, distortion=self.distortion)
+            reduction, rate, _ = rates
+            utility = reduction if self.objective == "binary" else rate + reduction
+        reduction, rate, reconstructed_rate = (value.detach() for value in rates)
+        return utility, (reduction, rate, reconstructed_rate)
+
+    def _multiclass(
+        self, latents: Tensor, reconstructed: Tensor, labels: Tensor, classes: int
+    ) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor]]:
         options = {"distortion": self.distortion}
-        counts = sum_over_processes(torch.bincount(labels, minlength=classes))
-        if num_processes() > 1 and (self.objective != "multi" or classes * latents.shape[1] <= counts.sum()):
-            sets = [second_moments(features, labels, classes) for features in (latents, reconstructed)]
-            moments = sum_for_all(torch.stack(sets))
-            rates = rates_of_moments(moments.sum(dim=1), counts.sum(), **options)
-            multi: Callable[[], Tensor] = partial(multiclass_objective_of_moments, moments, counts, **options)
-        else:
-            if num_processes() > 1:
-                latents, reconstructed, labels = (gather_for_all(rows) for rows in (latents, reconstructed, labels))
-            rates = rates_of_pair(latents, reconstructed, **options)
-            multi = partial(multiclass_objective_of_pair, latents, reconstructed, labels, classes, **options)
-        reduction, rate, reconstructed_rate = rates
-        utilities: dict[str, Callable[[], Tensor]] = {
-            "binary": lambda: reduction,
-            "multi": multi,
-            "unsupervised": lambda: rate + reduction,
-        }
-        return utilities[self.objective](), (reduction.detach(), rate.detach(), reconstructed_rate.detach())
+        if num_processes() > 1:
+            on_device = labels.to(latents.device)
+            counts = sum_over_processes(torch.bincount(on_device, minlength=classes))
+            if classes * latents.shape[1] <= counts.sum():
+                sets = [class_moments(features, labels, classes) for features in (latents, reconstructed)]
+                moments = sum_for_all(torch.stack(sets))
+                rates = rates_of_moments(moments.sum(dim=1), counts.sum(), **options)
+                return multiclass_objective_of_moments(moments, counts, **options), rates
+            latents, reconstructed, labels = (gather_for_all(rows) for rows in (latents, reconstructed, on_device))
+        rates = rates_of_pair(latents, reconstructed, **options)
+        return multiclass_objective_of_pair(latents, reconstructed, labels, classes, **options), rates
 
     def self_consistency(self, latents: Tensor, reconstructed: Tensor) -> Tensor:
         """S of each image (n,), 0 where zh_i points where z_i does; the losses take its mean over the batch."""
@@ -137,7 +150,9 @@ class ClosedLoop:
     """Plays the game, one step a call.
 
     Where torch.distributed is in use, each process gives its part of the batch, of any size above 0, and all of them
-    end with the weights of one process with the whole batch. The model is not to be wrapped. Where its halves are
+    end with the weights of one process with the whole batch. The model is not to be wrapped. A step reads no value of
+    the device, so no GPU waits: whether the losses in its figures are finite is for the caller to see, before it saves
+    anything. Where the model's halves are
     compiled and S has a weight, a step goes back through a graph twice, for which torch wants
     `torch._functorch.config.donated_buffer = False` before they are.
 
@@ -156,7 +171,6 @@ class ClosedLoop:
     Raises:
         ValueError: for an unknown `play` or `reconstruction_statistics`, and for a distortion that is too small for the
             coding rates of unit vectors to be exact.
-        FloatingPointError: from `step`, where a loss is not finite; no optimiser has stepped with it.
     """
 
     def __init__(
@@ -190,7 +204,7 @@ class ClosedLoop:
 
         Args:
             pixel_values: x (n, C, H, W), in [-1, 1].
-            labels: y (n,), for objective "multi".
+            labels: y (n,), for objective "multi", best on the CPU, see `ClosedLoopObjective.utility`.
             augmented: tau(x) (n, C, H, W), where `augmentation_consistency` is above 0.
         """
         if self.play == "simultaneous":
@@ -227,11 +241,14 @@ class ClosedLoop:
         second_input = xh.detach().requires_grad_(decoder_plays)
         zh = model.encode(second_input, update_statistics=False, reuse_statistics=self.reuse_statistics).latents
 
-        count = sum_over_processes(torch.tensor(len(z), device=z.device))
+        count = count_over_processes(len(z), z.device)
         utility, rates = objective.utility(z, zh, labels)
         consistency = objective.self_consistency(z, zh).sum() / count
-        encoder_loss = -utility + objective.encoder_consistency * consistency
-        decoder_loss = utility + objective.decoder_consistency * consistency
+        encoder_loss, decoder_loss = -utility, utility
+        if objective.encoder_consistency:
+            encoder_loss = encoder_loss + objective.encoder_consistency * consistency
+        if objective.decoder_consistency:
+            decoder_loss = decoder_loss + objective.decoder_consistency * consistency
         if encoded.energy is not None:
             encoder_loss = encoder_loss + objective.energy * encoded.energy.sum() / count
         if encoder_plays and objective.augmentation_consistency:
@@ -241,9 +258,6 @@ class ClosedLoop:
             apart = objective.self_consistency(z, z_augmented).sum() / count
             encoder_loss = encoder_loss + objective.augmentation_consistency * apart
         figures = self._figures(pixel_values, xh, utility, rates, consistency, encoder_loss, decoder_loss, count)
-        for name, loss in (("encoder", figures.encoder_loss), ("decoder", figures.decoder_loss)):
-            if not torch.isfinite(loss):
-                raise FloatingPointError(f"the {name}'s loss is {loss.item()}")
 
         pure_game = objective.encoder_consistency == objective.decoder_consistency == 0
         if encoder_plays and decoder_plays and pure_game:
@@ -276,15 +290,17 @@ class ClosedLoop:
         consistency: Tensor,
         encoder_loss: Tensor,
         decoder_loss: Tensor,
-        count: Tensor,
+        count: Tensor | int,
     ) -> ClosedLoopFigures:
         error = x - xh
         squared_error = error.to(torch.promote_types(error.dtype, torch.float32)).square().flatten(1).mean(dim=1)
         psnr = (10 * torch.log10(4 / squared_error)).sum() / count
-        # Of the losses, the utility is every process's whole, the rest this process's part.
-        parts = torch.stack([consistency, psnr, encoder_loss + utility, decoder_loss - utility])
-        consistency, psnr, encoder_rest, decoder_rest = sum_over_processes(parts)
-        return ClosedLoopFigures(*rates, consistency, psnr, encoder_rest - utility, decoder_rest + utility)
+        if num_processes() > 1:
+            # Of the losses, the utility is every process's whole, the rest this process's part.
+            parts = torch.stack([consistency, psnr, encoder_loss + utility, decoder_loss - utility])
+            consistency, psnr, encoder_rest, decoder_rest = sum_over_processes(parts)
+            encoder_loss, decoder_loss = encoder_rest - utility, decoder_rest + utility
+        return ClosedLoopFigures(*rates, *(value.detach() for value in (consistency, psnr, encoder_loss, decoder_loss)))
 
 
 def player_parameters(model: CtrlCscModel) -> tuple[list[nn.Parameter], list[nn.Parameter]]:

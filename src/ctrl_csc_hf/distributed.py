@@ -24,6 +24,16 @@ def sum_over_processes(tensor: Tensor) -> Tensor:
     return tensor
 
 
+def count_over_processes(count: int, device: torch.device) -> Tensor | int:
+    """The sum of the processes' counts: of one process its own, of more a tensor on the device, as nothing waits."""
+    return count if num_processes() == 1 else sum_over_processes(torch.full((), count, device=device))
+
+
+def count_over_processes(count: int, device: torch.device) -> Tensor | int:
+    """The sum of the processes' counts: of one process its own, of more a tensor, for which nothing waits."""
+    return count if num_processes() == 1 else sum_over_processes(torch.full((), count, device=device))
+
+
 def sum_gradients(parameters: list[nn.Parameter]) -> None:
     """Replaces the gradients by their sums over the processes, in one exchange a dtype."""
     if num_processes() == 1:

@@ -99,12 +99,17 @@ def unsupervised_objective(features: Tensor, reconstructed: Tensor, *, distortio
 
 
 # What a training step computes, of features that the model has scaled: in float64, without looking at their values.
+# Labels are looked at: where they are on the CPU, this makes no GPU wait.
 
 
 def rates_of_pair(features: Tensor, reconstructed: Tensor, *, distortion: float = 0.5) -> tuple[Tensor, Tensor, Tensor]:
     """dR(Z, Zh), R(Z) and R(Zh) of two sets (n, d), in nats."""
-    rate, reconstructed_rate = (_coding_rate(z, distortion) for z in (features, reconstructed))
-    union = _coding_rate(torch.cat([features, reconstructed]), distortion)
+    pair = torch.stack([features, reconstructed])
+    count, dim = features.shape
+    if 2 * count >= dim > 0:
+        return rates_of_moments(second_moments(pair), count, distortion=distortion)
+    rate, reconstructed_rate = _coding_rates(pair, count, distortion)
+    union = _coding_rates(pair.flatten(0, 1)[None], 2 * count, distortion)[0]
     return union - (rate + reconstructed_rate) / 2, rate, reconstructed_rate
 
 
@@ -133,18 +138,24 @@ def multiclass_objective_of_pair(
 # And from second moments, which add up over the parts of a batch.
 
 
-def second_moments(features: Tensor, labels: Tensor, num_classes: int) -> Tensor:
+def second_moments(sets: Tensor) -> Tensor:
+    """Z^T Z of each set Z: (..., n, d) -> (..., d, d)."""
+    with torch.autocast(sets.device.type, enabled=False):
+        return _Gram.apply(_exact(sets).mT)
+
+
+def class_moments(features: Tensor, labels: Tensor, num_classes: int) -> Tensor:
     """Z_k^T Z_k of each class k: (n, d), (n,) -> (K, d, d); errors as `class_rate_reduction`."""
     _check_labels(features, labels, num_classes)
-    with torch.autocast(features.device.type, enabled=False):
-        by_class, _ = _group_by_class(_exact(features), labels, num_classes)
-        return _Gram.apply(by_class.mT)
+    return second_moments(_group_by_class(_exact(features), labels, num_classes)[0])
 
 
-def rates_of_moments(moments: Tensor, count: Tensor, *, distortion: float = 0.5) -> tuple[Tensor, Tensor, Tensor]:
+def rates_of_moments(
+    moments: Tensor, count: Tensor | int, *, distortion: float = 0.5
+) -> tuple[Tensor, Tensor, Tensor]:
     """`rates_of_pair` from the second moments of Z and Zh (2, d, d) and their number of rows."""
-    sets = torch.cat([moments, moments.sum(dim=0, keepdim=True)])
-    rate, reconstructed_rate, union = _rates_of_grams(sets, count * count.new_tensor([1, 1, 2]), distortion)
+    sets = torch.cat([moments, moments.mean(dim=0, keepdim=True)])  # the union has their sum, and twice the rows
+    rate, reconstructed_rate, union = _rates_of_grams(sets, count, distortion)
     return union - (rate + reconstructed_rate) / 2, rate, reconstructed_rate
 
 
@@ -158,9 +169,9 @@ def multiclass_objective_of_moments(moments: Tensor, counts: Tensor, *, distorti
 
 
 def cosine_distance(features: Tensor, reconstructed: Tensor) -> Tensor:
-    """1 - cos(z_i, zh_i): (n, d), (n, d) -> (n,)."""
+    """1 - cos(z_i, zh_i) = |z_i - zh_i|^2 / 2 of unit vectors: (n, d), (n, d) -> (n,)."""
     dtype = _result_type(features)
-    return 1 - torch.nn.functional.cosine_similarity(features.to(dtype), reconstructed.to(dtype), dim=1)
+    return (features.to(dtype) - reconstructed.to(dtype)).square().sum(dim=1) / 2
 
 
 def sample_rate_reduction(features: Tensor, reconstructed: Tensor, *, distortion: float = 0.5) -> Tensor:
@@ -192,10 +203,10 @@ def check_precision(name: str, features: Tensor, distortion: float) -> None:
 
 def _coding_rate(features: Tensor, distortion: float) -> Tensor:
     """R of (n, d)."""
-    return _coding_rates(features[None], torch.tensor([features.shape[0]], device=features.device), distortion)[0]
+    return _coding_rates(features[None], len(features), distortion)[0]
 
 
-def _coding_rates(sets: Tensor, counts: Tensor, distortion: float) -> Tensor:
+def _coding_rates(sets: Tensor, counts: Tensor | int, distortion: float) -> Tensor:
     """R of each of K sets: (K, m, d), rows past a set's count (K,) zero -> (K,)."""
     sets = _exact(sets)
     if sets.numel() == 0:
@@ -220,20 +231,38 @@ class _Gram(torch.autograd.Function):
         return (gradients[0] + gradients[0].mT) @ sets
 
 
-def _rates_of_grams(grams: Tensor, counts: Tensor, distortion: float, dim: int | None = None) -> Tensor:
-    """R of sets of `counts` (K,) rows, from each one's Z^T Z (K, d, d), or Z Z^T with d as `dim` -> (K,)."""
-    with torch.autocast(grams.device.type, enabled=False):
-        alpha = (dim or grams.shape[-1]) / (counts.clamp(min=1).to(grams.dtype) * distortion)
-        identity = torch.eye(grams.shape[-1], dtype=grams.dtype, device=grams.device)
+class _HalfLogDet(torch.autograd.Function):
+    """1/2 logdet M of positive definite M (..., m, m) -> (...), whose gradient 1/2 M^-1 needs no other products."""
+
+    @staticmethod
+    def forward(ctx: Any, matrices: Tensor) -> Tensor:
         # The variant that does not raise: NaN in, NaN out, and no wait for a GPU's answer.
-        factor, _ = torch.linalg.cholesky_ex(identity + alpha[:, None, None] * grams)
+        factor, _ = torch.linalg.cholesky_ex(matrices)
+        ctx.save_for_backward(factor)
         return factor.diagonal(dim1=-2, dim2=-1).log().sum(dim=-1)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
+        (factor,) = ctx.saved_tensors
+        return torch.cholesky_inverse(factor) * (gradients[0] / 2)[..., None, None]
+
+
+def _rates_of_grams(grams: Tensor, counts: Tensor | int, distortion: float, dim: int | None = None) -> Tensor:
+    """R of sets of `counts` rows, (K,) or one number for all, from each one's Z^T Z (K, d, d), or Z Z^T with d as `dim`
+    -> (K,).
+    """
+    with torch.autocast(grams.device.type, enabled=False):
+        rows = counts.clamp(min=1).to(grams.dtype)[..., None, None] if isinstance(counts, Tensor) else max(counts, 1)
+        identity = torch.eye(grams.shape[-1], dtype=grams.dtype, device=grams.device)
+        return _HalfLogDet.apply(identity + grams * ((dim or grams.shape[-1]) / (rows * distortion)))
 
 
 def _group_by_class(features: Tensor, labels: Tensor, num_classes: int) -> tuple[Tensor, Tensor]:
     """(n, ...), (n,) -> the classes' features, padded by zeros to the largest class (K, m, ...), and counts (K,)."""
-    counts = torch.bincount(labels, minlength=num_classes)
-    largest = int(counts.max()) if len(labels) else 0
+    largest = int(torch.bincount(labels).max()) if len(labels) else 0  # no wait for a GPU, if labels are on the CPU
+    labels = labels.to(features.device, non_blocking=True)
+    counts = torch.zeros(num_classes, dtype=torch.int64, device=labels.device)
+    counts.scatter_add_(0, labels, torch.ones_like(labels))
     order = torch.argsort(labels, stable=True)
     rank = torch.empty_like(order)
     rank[order] = torch.arange(len(labels), device=labels.device) - (counts.cumsum(0) - counts)[labels[order]]
