@@ -105,9 +105,7 @@ def test_rate_reductions_of_single_rows_of_any_length_are_exact(length, distorti
 @pytest.mark.parametrize(("length", "distortion"), [(1, 1e-12), (1e7, 0.5), (1e-3, 1e-20)])
 def test_rates_that_would_lose_digits_are_refused_with_what_would_do(rate, length, distortion):
     z = length * unit_rows(40, 16)
-    with pytest.raises(
-        ValueError, match=r"distortion=.* is too small for .* at most \S+, or the .* at least"
-    ) as error:
+    with pytest.raises(ValueError, match=r"distortion=.* is too small for .* at most \S+, or the .* at least") as error:
         rate(z, distortion=distortion)
     least = float(str(error.value).split("at least ")[1])
     expected = rate_by_singular_values(z, 1.1 * least)
