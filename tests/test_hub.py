@@ -455,6 +455,7 @@ pipe.push_to_hub("org/copy", private=True, commit_message="A copy")
 pipe.save_pretrained(sys.argv[1], push_to_hub=True, repo_id="org/saved")
 with torch.no_grad():
     pipe.model.decoder.output_bias.add_(1)
+pipe.register_modules(sampler=None)
 pipe.push_to_hub("org/name")
 assert "ctrl_csc_hf" not in sys.modules
 """
@@ -476,8 +477,13 @@ def test_a_pipeline_from_the_hub_is_pushed_without_the_package_with_its_card_whi
         assert server.files("org/copy") == server.files("org/saved") == published
         assert server.repositories["org/copy"].private
         assert files(tmp_path / "saved").keys() | {".gitattributes"} == published.keys()
-        changed = {name for name, content in server.files("org/name").items() if published[name] != content}
-        assert changed == {"model.safetensors"}  # the card of the repository itself stays
+        pushed = server.files("org/name")
+        changed = {name for name, content in pushed.items() if published[name] != content}
+        assert changed == {"model.safetensors", "model_index.json"}  # the card of the repository itself stays
+        assert {name for name in published if name not in pushed} == {
+            "sampler/model.safetensors",
+            "sampler/sampling_ctrl_csc.py",
+        }
     open_all_doors(str(tmp_path / "saved"), tmp_path, CtrlCscModel.from_pretrained(checkpoint).eval(), {})
 
 
