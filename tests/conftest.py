@@ -2,6 +2,7 @@
 
 import importlib.util
 import os
+import signal
 import sys
 from collections import Counter
 from collections.abc import Callable
@@ -16,6 +17,9 @@ from PIL import Image
 
 TRAINING = Path(__file__).parents[1] / "training"
 sys.path.append(str(TRAINING))  # at the end, lest evaluate.py and data.py hide packages of these names
+
+# A command of a test is interrupted as in a terminal, also where the shell that began the tests ignores Ctrl-C.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # Images of `parquet_folder`
 SIZE = 8

@@ -26,7 +26,7 @@ from PIL import Image, ImageOps
 from stream import ImageLoader, ImageStream
 
 from ctrl_csc_hf import CtrlCscConfig, CtrlCscImageProcessor, CtrlCscModel, encoding
-from ctrl_csc_hf.encoding import ImageDataset, encode_dataset, find_columns
+from ctrl_csc_hf.encoding import ImageDataset, encode_dataset, find_columns, find_data
 
 
 @pytest.fixture(scope="module")
@@ -59,6 +59,53 @@ def test_class_folders_become_labels(image_folder, tmp_path, streaming):
     loader = loader_of(images, label_column="label")
     assert sorted(label for batch in loader.epoch() for label in batch["labels"].tolist()) == [0, 0, 0, 1, 1, 1]
     assert [Path(name).name for name in loader.place.unreadable_names] == ["broken.jpg"]
+
+
+@pytest.mark.parametrize(
+    ("files", "splits", "labels"),
+    [
+        (["boat/1.png", "bus/1.png", "train/1.png"], {"train": 3}, ["boat", "bus", "train"]),
+        (["cat/1.png", "test/1.png", "dev board/1.png"], {"train": 3}, ["cat", "dev board", "test"]),
+        (["train station.png", "my train.png", "test shot.png", "bird.png"], {"train": 4}, None),
+        (["test/1.png", "val/1.png"], {"train": 2}, ["test", "val"]),  # no images to train on
+        (["train/1.png", "test/1.png"], {"train": 1, "test": 1}, None),
+        (["train/train/1.png", "train/b/1.png", "test/b/1.png"], {"train": 2, "test": 1}, ["b", "train"]),
+        (["train/a/1.png", "test/a/1.png", "test/b/1.png"], {"train": 1, "test": 2}, ["a", "b"]),
+        (["train/a/1.png", "train/b/1.png", "test/1.png"], {"train": 2, "test": 1}, None),
+        (["Training/1.PNG", "val/1.png", "dev/2.png"], {"train": 1, "validation": 2}, None),
+        (["data/train/a/1.png", "data/testing/b/1.png"], {"train": 1, "test": 1}, ["a", "b"]),
+        (["a/1.png", "b/c/1.png", ".hidden/1.png", "__MACOSX/1.png"], {"train": 2}, None),
+        (["a/1.png", "a/2.png"], {"train": 2}, None),
+    ],
+)
+@pytest.mark.parametrize("folder", ["photos", "a[1] *?é"])
+def test_only_whole_names_of_folders_are_splits_and_labels(files, splits, labels, folder, tmp_path):
+    for name in files:
+        path = tmp_path / folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        random_image(0).save(path)
+    found = find_data(str(tmp_path / folder))
+    assert datasets.get_dataset_split_names(**found) == list(splits)
+    for split, count in splits.items():
+        images = datasets.load_dataset(**found, split=split, streaming=True)
+        rows = list(images)
+        assert len(rows) == count and getattr(images.features.get("label"), "names", None) == labels
+        assert labels is None or None not in [row["label"] for row in rows]
+
+
+def test_a_folder_of_parquet_files_or_with_configurations_of_its_own_is_left_to_datasets(tmp_path):
+    folder = tmp_path / "b[1]"
+    rows = datasets.Dataset.from_dict({"image": [random_image(0)] * 3}, datasets.Features({"image": datasets.Image()}))
+    for name in ("train-00000-of-00002", "train-00001-of-00002", "test-00000-of-00001"):
+        rows.to_parquet(folder / "data" / f"{name}.parquet")
+    images = load_images(ImageSource(dataset_name=str(folder), streaming=True))
+    assert len(list(images)) == 6 and datasets.get_dataset_split_names(**find_data(str(folder))) == ["train", "test"]
+    for name in ("left/1.png", "right/1.png"):
+        (tmp_path / "named" / name).parent.mkdir(parents=True)
+        random_image(0).save(tmp_path / "named" / name)
+    card = "---\nlicense: mit\nconfigs:\n- config_name: d\n  data_files:\n  - {split: odd, path: left/*}\n---\n"
+    (tmp_path / "named" / "README.md").write_text(card, encoding="utf-8")
+    assert datasets.get_dataset_split_names(**find_data(str(tmp_path / "named"))) == ["odd"]
 
 
 def test_without_a_label_column_there_are_no_labels(parquet_folder, tmp_path):
@@ -166,6 +213,18 @@ def test_held_out_images_are_a_tenth_at_most_and_leave_every_class_in_training(s
     assert "19 images are held out instead of 100, of 190 in all" in caplog.text
 
 
+def test_copies_of_a_held_out_image_do_not_take_the_last_of_a_class_out_of_a_stream(tmp_path):
+    scratch = tmp_path / "scratch.png"
+    data = [encoded(random_image(index), scratch) for index in (*range(27), 27, 27, 0)]
+    rows = {"image": [{"bytes": image, "path": None} for image in data], "label": [0] * 27 + [1, 1, 2]}
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(num_classes=3)})
+    datasets.Dataset.from_dict(rows, features).to_parquet(tmp_path / "data" / "train.parquet")
+    images = load_images(ImageSource(train_data_dir=str(tmp_path / "data"), streaming=True))
+    for seed in range(40):
+        rest, held = hold_out(images, 3, image_column="image", label_column="label", seed=seed)
+        assert {row["label"] for row in rest} == {0, 1, 2} and len(list(rest)) == 27 and len(held) == 3
+
+
 def test_images_that_are_all_the_last_of_their_class_cannot_be_held_out(tmp_path):
     images = sorted_by_class(tmp_path / "data", True, sizes=[1] * 30)
     with pytest.raises(ValueError, match=r"no image can be held out of 30.*--validation_split"):
@@ -175,7 +234,7 @@ def test_images_that_are_all_the_last_of_their_class_cannot_be_held_out(tmp_path
 def test_a_long_stream_is_sampled_from_a_part_of_its_row_groups_all_over(tmp_path, monkeypatch):
     monkeypatch.setattr(encoding, "SAMPLED_SHARDS", 10)
     images = sorted_by_class(tmp_path / "data", True, sizes=[40] * 50)  # 100 row groups of 20 images
-    rows, seen, _ = encoding.reservoir(images, 50, seed=0)
+    rows, seen = encoding.reservoir(images, 50, seed=0)
     assert seen == 10 * 20 >= encoding.SAMPLED_ROWS * len(rows) and len(rows) >= 50
     assert len({row["label"] for _, row in rows}) > 5  # the first 50 rows have two labels
 

@@ -376,15 +376,16 @@ def test_a_name_alone_is_the_accounts_and_the_card_tells_it_whole(tmp_path: Path
 TERMS_OF = """
 import sys
 from ctrl_csc_hf.hub import publication_terms
-try:
-    print(publication_terms(*eval(sys.argv[1])))
-except ValueError as error:
-    print(error)
+for arguments in eval(sys.argv[1]):
+    try:
+        print(publication_terms(*arguments))
+    except ValueError as error:
+        print(error)
 """
 FLAGS = r"license \(--license or --hub_license\)", r"private \(--private, --public or --hub_private_repo\)"
 
 
-@pytest.mark.parametrize(("arguments", "expected"), [
+TERMS = [
     (("org/open", None, None), r"\('cc-by-4.0', False\)"),
     (("org/gated", None, None), r"\('other', True\)"),
     (("org/private", None, None), r"\('mit', True\)"),
@@ -397,14 +398,15 @@ FLAGS = r"license \(--license or --hub_license\)", r"private \(--private, --publ
     ((None, None, None), f"{FLAGS[0]} and {FLAGS[1]} must be given to publish a model of local data"),
     ((None, "mit", None), f"{FLAGS[1]} must be given to publish a model of local data"),
     ((None, None, True), f"{FLAGS[0]} must be given to publish a model of local data"),
-])  # fmt: skip
-def test_licence_and_visibility_are_the_data_sets_or_asked_for(
-    arguments: tuple, expected: str, data_sets: HubServer, tmp_path: Path
-) -> None:
+]  # fmt: skip
+
+
+def test_licence_and_visibility_are_the_data_sets_or_asked_for(data_sets: HubServer, tmp_path: Path) -> None:
     environment = {**os.environ, **data_sets.environment(tmp_path / "cache")}
-    command = [sys.executable, "-c", TERMS_OF, repr(arguments)]
+    command = [sys.executable, "-c", TERMS_OF, repr([arguments for arguments, _ in TERMS])]
     result = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
-    assert re.fullmatch(expected, result.stdout.strip()), result.stdout
+    for found, (arguments, expected) in zip(result.stdout.splitlines(), TERMS, strict=True):
+        assert re.fullmatch(expected, found), arguments
 
 
 @pytest.fixture(scope="module")
@@ -453,6 +455,7 @@ pipe.push_to_hub("org/copy", private=True, commit_message="A copy")
 pipe.save_pretrained(sys.argv[1], push_to_hub=True, repo_id="org/saved")
 with torch.no_grad():
     pipe.model.decoder.output_bias.add_(1)
+pipe.register_modules(sampler=None)
 pipe.push_to_hub("org/name")
 assert "ctrl_csc_hf" not in sys.modules
 """
@@ -474,8 +477,13 @@ def test_a_pipeline_from_the_hub_is_pushed_without_the_package_with_its_card_whi
         assert server.files("org/copy") == server.files("org/saved") == published
         assert server.repositories["org/copy"].private
         assert files(tmp_path / "saved").keys() | {".gitattributes"} == published.keys()
-        changed = {name for name, content in server.files("org/name").items() if published[name] != content}
-        assert changed == {"model.safetensors"}  # the card of the repository itself stays
+        pushed = server.files("org/name")
+        changed = {name for name, content in pushed.items() if published[name] != content}
+        assert changed == {"model.safetensors", "model_index.json"}  # the card of the repository itself stays
+        assert {name for name in published if name not in pushed} == {
+            "sampler/model.safetensors",
+            "sampler/sampling_ctrl_csc.py",
+        }
     open_all_doors(str(tmp_path / "saved"), tmp_path, CtrlCscModel.from_pretrained(checkpoint).eval(), {})
 
 

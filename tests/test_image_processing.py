@@ -4,8 +4,10 @@ import io
 import json
 import os
 import shutil
+import struct
 import subprocess
 import sys
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -138,6 +140,57 @@ def test_cmyk_is_converted_by_its_inks():
     expected = (255 - inks[..., :3].astype(float)) * (255 - inks[..., 3:].astype(float)) / 255
     image = Image.merge("CMYK", [Image.fromarray(plane.copy()) for plane in np.moveaxis(inks, -1, 0)])
     torch.testing.assert_close(process(image), to_unit(expected), rtol=0, atol=2.01 / 255)
+
+
+def png(bits: int, color_type: int, rows: list[bytes], transparent: tuple[int, ...]) -> Image.Image:
+    """A PNG file of any depth, which PIL cannot write, with a transparent colour."""
+
+    def chunk(name: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+
+    header = struct.pack(">IIBBBBB", SIZE, len(rows), bits, color_type, 0, 0, 0)
+    color = struct.pack(f">{len(transparent)}H", *transparent)
+    pixels = zlib.compress(b"".join(b"\0" + row for row in rows))
+    chunks = {b"IHDR": header, b"tRNS": color, b"IDAT": pixels, b"IEND": b""}
+    content = b"\x89PNG\r\n\x1a\n" + b"".join(chunk(*item) for item in chunks.items())
+    return Image.open(io.BytesIO(content))
+
+
+@pytest.mark.parametrize("loaded", [False, True])
+@pytest.mark.parametrize(
+    ("bits", "colors", "transparent"),
+    [  # of the two halves of an image, at the file's depth
+        (1, [(0,), (1,)], 1),
+        (2, [(1,), (2,)], 0),
+        (4, [(3,), (11,)], 0),
+        (4, [(5,), (10,)], 1),
+        (8, [(3,), (51,)], 0),
+        (8, [(51,), (3,)], 1),
+        (16, [(3000,), (40000,)], 0),
+        (16, [(3000, 4000, 5000), (60000, 50000, 40000)], 0),
+        (8, [(30, 40, 50), (60, 50, 40)], 1),
+    ],
+)
+def test_the_transparent_color_of_a_png_of_any_depth_is_white(bits, colors, transparent, loaded):
+    def row(color: tuple[int, ...]) -> bytes:
+        if bits == 16:
+            return struct.pack(f">{len(color)}H", *color) * SIZE
+        if len(color) == 3:
+            return bytes(color) * SIZE
+        return int((f"{color[0]:0{bits}b}") * SIZE, 2).to_bytes(SIZE * bits // 8, "big")
+
+    half = SIZE // 2
+    rows = [row(colors[0])] * half + [row(colors[1])] * half
+    image = png(bits, 0 if len(colors[0]) == 1 else 2, rows, colors[transparent])
+    if loaded:
+        image.load()
+    before = dict(image.info)
+    halves = process(image)[0].split(half, dim=1)
+    assert torch.equal(halves[transparent], torch.ones(3, half, SIZE))
+    shown = torch.tensor(colors[1 - transparent]) / (2**bits - 1) * 2 - 1
+    expected = shown[:, None, None].expand(3, half, SIZE)
+    torch.testing.assert_close(halves[1 - transparent], expected, rtol=0, atol=2.01 / 255)
+    assert image.info == before
 
 
 @pytest.mark.parametrize("mode", ["I;16", "I;16B", "I"])
@@ -396,6 +449,7 @@ def test_saved_settings_load_again(tmp_path):
 
 LOAD = """
 import sys
+import zlib
 import numpy as np
 from transformers import AutoImageProcessor
 

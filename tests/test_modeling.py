@@ -189,7 +189,9 @@ def test_the_zero_vector_is_given_a_direction_and_others_keep_theirs():
     torch.testing.assert_close(length[:, 0], torch.tensor([1e-3, 5, 1e-3, 5e30]), rtol=2e-4, atol=0)
 
 
-@pytest.mark.parametrize("preset", [None, *preset_names()])
+@pytest.mark.parametrize(
+    "preset", [None, *(pytest.param(p, marks=[pytest.mark.slow] * (p == "imagenet128")) for p in preset_names())]
+)
 def test_no_default_has_a_dead_stage(preset):
     torch.manual_seed(0)
     config = CtrlCscConfig() if preset is None else CtrlCscConfig(**load_preset(preset)["model"])

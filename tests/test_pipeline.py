@@ -242,6 +242,37 @@ def test_the_card_and_its_figures_come_along_while_the_weights_are_theirs(
     assert "its weights are others" in caplog.text
 
 
+@pytest.mark.parametrize("change", ["other weights", "other shapes", "none"])
+def test_what_a_folder_holds_of_another_model_is_removed_when_a_pipeline_is_saved_there(
+    change: str, pipe: CtrlCscPipeline, tmp_path: Path
+) -> None:
+    sampler = LatentSampler(torch.ones(1), torch.zeros(1, 8), [torch.eye(8)])
+    CtrlCscPipeline(pipe.model, pipe.image_processor, sampler).save_pretrained(tmp_path)
+    records = {"README.md", "metrics.json", "reconstructions.png", "training_args.json", "examples/0.png"}
+    own = {"notes.md", "examples/own.txt", "metrics.csv"}
+    (tmp_path / "examples").mkdir()
+    for name in records | own:
+        (tmp_path / name).write_text(name, encoding="utf-8")
+    saved = CtrlCscPipeline.from_pretrained(tmp_path, sampler=None)
+    if change == "other weights":
+        with torch.no_grad():
+            saved.model.decoder.output_bias.add_(1)
+    elif change == "other shapes":
+        saved = CtrlCscPipeline(CtrlCscModel(CtrlCscConfig(**CONFIG | {"latent_dim": 4})), pipe.image_processor)
+    saved.save_pretrained(tmp_path)
+    left = {name for name in records | own if (tmp_path / name).is_file()}
+    assert left == (records | own if change == "none" else own)
+    assert CtrlCscPipeline.from_pretrained(tmp_path).sampler is None
+
+
+def test_saving_a_pipeline_into_a_project_leaves_its_files(pipe: CtrlCscPipeline, tmp_path: Path) -> None:
+    (tmp_path / "sampler").mkdir()
+    for name in ("README.md", "metrics.json", "sampler/noise.py"):
+        (tmp_path / name).write_text(name, encoding="utf-8")
+    pipe.save_pretrained(tmp_path)
+    assert all((tmp_path / name).is_file() for name in ("README.md", "metrics.json", "sampler/noise.py"))
+
+
 def test_a_device_map_places_the_published_pipeline(pipe: CtrlCscPipeline, tmp_path: Path) -> None:
     sampler = LatentSampler(torch.ones(1), torch.zeros(1, 8), [torch.eye(8)])
     CtrlCscPipeline(pipe.model, pipe.image_processor, sampler).save_pretrained(tmp_path)

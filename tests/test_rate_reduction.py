@@ -105,12 +105,30 @@ def test_rate_reductions_of_single_rows_of_any_length_are_exact(length, distorti
 @pytest.mark.parametrize(("length", "distortion"), [(1, 1e-12), (1e7, 0.5), (1e-3, 1e-20)])
 def test_rates_that_would_lose_digits_are_refused_with_what_would_do(rate, length, distortion):
     z = length * unit_rows(40, 16)
-    with pytest.raises(ValueError, match=r"distortion=.* is too small for .*: .* must be at least (\S+), or") as error:
+    with pytest.raises(ValueError, match=r"distortion=.* is too small for .* at most \S+, or the .* at least") as error:
         rate(z, distortion=distortion)
-    least = float(str(error.value).split("must be at least ")[1].split(",")[0])
+    least = float(str(error.value).split("at least ")[1])
     expected = rate_by_singular_values(z, 1.1 * least)
     if rate is coding_rate:
         assert rate(z, distortion=1.1 * least).item() == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("length", [1e155, 1e200, 1e308])
+def test_rows_whose_squares_overflow_are_refused_with_what_would_do(length):
+    z = length * torch.eye(2, dtype=torch.float64)
+    with pytest.raises(ValueError, match=r"distortion=1e\+300 is too small .* must be at most ") as error:
+        coding_rate(z, distortion=1e300)
+    most = float(str(error.value).split("at most ")[1])
+    expected = np.log1p((0.9 * most) ** 2 / 1e300)  # two equal eigenvalues
+    assert coding_rate(z / length * 0.9 * most, distortion=1e300).item() == pytest.approx(expected, rel=1e-12)
+
+
+def test_a_distortion_whose_inverse_overflows_is_refused_with_what_would_do():
+    z = torch.zeros(2, 3, dtype=torch.float64)
+    with pytest.raises(ValueError, match=r"distortion must be at least .*, got 1e-310") as error:
+        coding_rate(z, distortion=1e-310)
+    least = float(str(error.value).split("at least ")[1].split()[0])
+    assert coding_rate(z, distortion=1.1 * least).item() == 0
 
 
 def test_coding_rate_of_fewer_samples_than_dimensions_is_the_one_of_the_large_determinant():

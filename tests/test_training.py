@@ -207,6 +207,7 @@ def test_a_folder_and_an_output_are_enough_whatever_the_resolution(
     assert config.image_size == size and settings.image_column is None and settings.validation_split is None
     assert settings.hub_dataset_id is None and settings.streaming is False
     short = ["--energy_warmup_steps", "1", "--deconvolution_warmup_steps", "1", "--max_train_steps", "1"]
+    short += ["--train_batch_size", "8"]
     assert run_main([*flags, *short, "--cache_dir", str(tmp_path / "cache")]).is_dir()
     assert CtrlCscConfig.from_pretrained(tmp_path / "out").image_size == size
 
@@ -517,7 +518,9 @@ def assert_same_bits_in_a_new_process(model: CtrlCscModel, folder: Path) -> None
         assert torch.equal(value, loaded[key]), key
 
 
-@pytest.mark.parametrize("name", preset_names())
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.slow] * (name != "cifar10")) for name in preset_names()]
+)
 def test_every_presets_model_is_the_same_after_saving_and_loading_elsewhere(name: str, tmp_path: Path) -> None:
     assert_same_bits_in_a_new_process(CtrlCscModel(CtrlCscConfig(**load_preset(name)["model"])).eval(), tmp_path)
 
@@ -556,8 +559,8 @@ def test_statistics_of_an_average_are_the_means_over_the_batches_of_its_images()
 def test_cifar10_streams_through_the_preset(train: Train, cifar10: str, tmp_path: Path) -> None:
     flags = ["--config", "cifar10", "--dataset_name", cifar10, "--report_to", "none"]
     flags += ["--max_train_steps", "2", "--num_validation_images", "64", "--output_dir", str(tmp_path / "cifar10")]
-    flags += ["--energy_warmup_steps", "0", "--deconvolution_warmup_steps", "1"]
-    folder = run_main([*flags, "--train_batch_size", "64"])
+    flags += ["--energy_warmup_steps", "0", "--deconvolution_warmup_steps", "1", "--use_ema", "false"]
+    folder = run_main([*flags, "--train_batch_size", "16"])
     metrics = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
     assert metrics["step"] == 2 and metrics["figures"][0]["split"] == "test"
 

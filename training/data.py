@@ -5,8 +5,8 @@ import logging
 import math
 import random
 import re
-from collections import Counter
-from collections.abc import Sequence
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
@@ -19,7 +19,16 @@ import torch
 from PIL import ExifTags, Image, ImageOps
 from torch import Tensor
 
-from ctrl_csc_hf.encoding import ImageDataset, draw_images, draw_rows, find_columns, open_image, reservoir, undecoded
+from ctrl_csc_hf.encoding import (
+    ImageDataset,
+    draw_images,
+    draw_rows,
+    find_columns,
+    find_data,
+    open_image,
+    reservoir,
+    undecoded,
+)
 from ctrl_csc_hf.image_processing_ctrl_csc import CtrlCscImageProcessor
 
 logger = logging.getLogger(__name__)
@@ -41,10 +50,9 @@ class ImageSource:
     """Where images come from.
 
     Args:
-        dataset_name: a Hub id, or a local folder that `datasets.load_dataset` reads.
+        dataset_name: a Hub id, or a local folder; see `ctrl_csc_hf.encoding.find_data`.
         dataset_config_name: its configuration.
-        train_data_dir: a local folder of images, whose class folders become labels, or of Parquet files; with
-            `dataset_name`, the `data_dir` of that data set.
+        train_data_dir: a local folder, in place of `dataset_name`.
         split: name of the split.
         streaming: read the source as it comes, instead of preparing it on disk first.
         image_column, label_column: see `ctrl_csc_hf.encoding.find_columns`.
@@ -68,13 +76,9 @@ class ImageSource:
             raise ValueError("dataset_name or train_data_dir must be given, got neither")
 
     @property
-    def place(self) -> tuple[str, str | None]:
-        """Path or Hub id, and configuration."""
-        return self.dataset_name or self.train_data_dir, self.dataset_config_name
-
-    @property
-    def data_dir(self) -> str | None:
-        return self.train_data_dir if self.dataset_name else None
+    def place(self) -> str:
+        """Path or Hub id."""
+        return self.dataset_name or self.train_data_dir
 
 
 def load_images(source: ImageSource) -> ImageDataset:
@@ -86,8 +90,8 @@ def load_images(source: ImageSource) -> ImageDataset:
     if source.dataset_name is None and not Path(source.train_data_dir).is_dir():
         raise ValueError(f"train_data_dir must be a folder, got {source.train_data_dir!r}")
     dataset = datasets.load_dataset(
-        *source.place,
-        data_dir=source.data_dir,
+        **find_data(source.place),
+        name=source.dataset_config_name,
         split=source.split,
         streaming=source.streaming,
         cache_dir=source.cache_dir,
@@ -111,7 +115,7 @@ def load_splits(
         ValueError: see `load_images`, for a split that does not exist, and if both splits have images in common.
     """
     images = load_images(source)
-    names = datasets.get_dataset_split_names(*source.place, data_dir=source.data_dir)
+    names = datasets.get_dataset_split_names(**find_data(source.place), config_name=source.dataset_config_name)
     if validation_split is None:
         validation_split = next((name for name in preferred if name in names), source.split)
     if validation_split == source.split:
@@ -198,18 +202,35 @@ def hold_out(
     Raises:
         ValueError: if too few images are there to hold one out.
     """
+    contents: defaultdict[Any, set[Any]] = defaultdict(set)  # by class, what tells its images apart
+    rows: Iterable[tuple[str, dict[str, Any]]]
     if isinstance(dataset, datasets.IterableDataset):
-        rows, size, left = reservoir(dataset, count, seed, label_column)
+
+        def content(_: str, row: dict[str, Any]) -> Any:
+            return _digest(row[image_column])
+
+        def visit(row: dict[str, Any]) -> None:
+            contents[row.get(label_column)].add(content("", row))
+
+        rows, size = reservoir(dataset, count, seed, visit)
     else:
+
+        def content(key: str, _: dict[str, Any]) -> Any:
+            return int(key)
+
         rows, size = draw_rows(dataset, count, seed), len(dataset)
-        left = Counter(dataset[label_column] if label_column else [None] * size)
+        for index, label in enumerate(dataset[label_column] if label_column else [None] * size):
+            contents[label].add(index)
     allowed = min(count, max(1, size // 10))
     held: list[tuple[str, dict[str, Any]]] = []
     for key, row in rows:
         if len(held) == allowed:
             break
-        if left[row.get(label_column)] > 1:
-            left[row.get(label_column)] -= 1
+        image = content(key, row)
+        classes = [images for images in contents.values() if image in images]  # none for the copy of one held out
+        if classes and all(len(images) > 1 for images in classes):
+            for images in classes:
+                images.remove(image)
             held.append((key, row))
     if not held:
         raise ValueError(

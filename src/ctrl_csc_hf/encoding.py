@@ -1,17 +1,22 @@
 """The images of a data set: found, sampled, and encoded as pixels and latents, batch by batch. Needs `datasets`."""
 
+import glob
 import heapq
 import logging
-from collections import Counter
+import os
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from io import BytesIO
 from itertools import islice
+from pathlib import Path
 from typing import Any, TypeAlias
 
 import datasets
 import numpy as np
 import torch
+from datasets.data_files import get_data_patterns
+from datasets.packaged_modules.imagefolder.imagefolder import ImageFolder
 from datasets.utils.file_utils import xopen
 from PIL import Image
 from torch import Tensor
@@ -32,6 +37,13 @@ ROWS_AT_ONCE = 32  # read together from Arrow, several times as fast as one by o
 SAMPLED_SHARDS = 64
 SAMPLED_ROWS = 2
 SPARE_ROWS = 16  # that a sample has, and a tenth more, in place of images that cannot be read
+# Folders of a local folder of images that are splits, by their lower-case names.
+SPLIT_FOLDERS = {
+    "train": "train", "training": "train",
+    "validation": "validation", "valid": "validation", "val": "validation", "dev": "validation",
+    "test": "test", "testing": "test",
+}  # fmt: skip
+TABLES = (".parquet", ".arrow", ".tar")  # files of many images each
 
 
 @dataclass(frozen=True)
@@ -45,6 +57,66 @@ class EncodedBatch:
     pixel_values: Tensor
     latents: Tensor
     labels: Tensor | None = None
+
+
+def find_data(name: str) -> dict[str, Any]:
+    """The arguments by which `datasets.load_dataset` and `datasets.get_dataset_split_names` find a data set.
+
+    In a local folder of image files, splits and labels are the names of folders, never parts of names. If all images
+    lie in folders that are called train, training, validation, valid, val, dev, test or testing, and some of them in
+    one of the first two, these folders are the splits; otherwise all images are the split "train". If all images of
+    all splits lie equally deep in folders of more than one name, these names are the labels; otherwise there are none.
+    A folder of Parquet, Arrow or tar files, or one whose README.md says which files are which split, is read as
+    `datasets` reads it.
+
+    Args:
+        name: a Hub id, or a local folder.
+
+    Raises:
+        OSError: for a folder without data.
+    """
+    root = Path(name)
+    if not root.is_dir():
+        return {"path": name}
+    escaped = glob.escape(str(root.resolve()))
+    images, has_tables = _images_in(root)
+    if has_tables or not images or _names_its_files(root / "README.md"):
+        if escaped == str(root.resolve()):
+            return {"path": name}
+        patterns = get_data_patterns(escaped)
+        return {"path": name, "data_files": {s: [f"{escaped}/{p}" for p in paths] for s, paths in patterns.items()}}
+    shared = os.path.commonpath([image.parent for image in images])
+    inner = [image.relative_to(shared).parts for image in images]
+    splits = {parts[0]: SPLIT_FOLDERS.get(parts[0].lower()) for parts in inner}
+    if "train" in splits.values() and None not in splits.values():
+        inner = [parts[1:] for parts in inner]
+        data_files: dict[str, list[str]] = {}
+        for folder, split in sorted(splits.items(), key=lambda found: list(SPLIT_FOLDERS).index(found[0].lower())):
+            data_files.setdefault(str(split), []).append(os.path.join(escaped, glob.escape(shared), folder, "**"))
+    else:
+        data_files = {"train": [os.path.join(escaped, "**")]}
+    depths = {len(parts) for parts in inner}
+    labelled = len(depths) == 1 and depths != {1} and len({parts[-2] for parts in inner}) > 1
+    return {"path": name, "data_files": data_files, "drop_labels": not labelled}
+
+
+def _images_in(root: Path) -> tuple[list[Path], bool]:
+    """Image files below a folder, relative to it, without hidden ones, and whether there are `TABLES`."""
+    images: list[Path] = []
+    has_tables = False
+    for folder, folders, files in os.walk(root):
+        folders[:] = [name for name in folders if not name.startswith((".", "__"))]
+        for name in files:
+            suffix = os.path.splitext(name)[1].lower()
+            if suffix in ImageFolder.EXTENSIONS and not name.startswith("."):
+                images.append(Path(folder, name).relative_to(root))
+            has_tables |= suffix in TABLES and name not in ImageFolder.METADATA_FILENAMES
+    return images, has_tables
+
+
+def _names_its_files(card: Path) -> bool:
+    text = card.read_text(encoding="utf-8", errors="replace") if card.is_file() else ""
+    return re.match(r"---\n(?:(?!---).*\n)*?configs:", text) is not None
 
 
 def encode_dataset(
@@ -129,14 +201,14 @@ def draw_rows(dataset: ImageDataset, count: int, seed: int) -> Iterator[tuple[st
 
 
 def reservoir(
-    dataset: datasets.IterableDataset, count: int, seed: int, label_column: str | None = None
-) -> tuple[list[tuple[str, Row]], int, Counter[Any]]:
-    """`draw_rows` of a stream; the number of rows that it was drawn from, and how many of these have each label."""
+    dataset: datasets.IterableDataset, count: int, seed: int, visit: Callable[[Row], None] | None = None
+) -> tuple[list[tuple[str, Row]], int]:
+    """`draw_rows` of a stream, and the number of rows that it was drawn from; `visit` is called with each of these."""
     shards = dataset.reshard()
     generator = np.random.default_rng(seed)
     size = count + count // 10 + SPARE_ROWS
     drawn: list[tuple[float, str, Row]] = []  # a heap, the largest random number first
-    seen, labels = 0, Counter[Any]()
+    seen = 0
     order = generator.permutation(shards.num_shards).tolist()
     for visited, shard in enumerate(tqdm(order, desc="shards read for a sample")):
         if visited >= SAMPLED_SHARDS and seen >= SAMPLED_ROWS * size:
@@ -146,8 +218,9 @@ def reservoir(
             entry = (-generator.random(), f"{shard}:{position}", row)
             heapq.heappush(drawn, entry) if len(drawn) < size else heapq.heappushpop(drawn, entry)
             seen += 1
-            labels[row[label_column] if label_column else None] += 1
-    return [(key, row) for _, key, row in sorted(drawn, reverse=True, key=lambda entry: entry[0])], seen, labels
+            if visit:
+                visit(row)
+    return [(key, row) for _, key, row in sorted(drawn, reverse=True, key=lambda entry: entry[0])], seen
 
 
 def rows_of(columns: dict[str, list[Any]]) -> Iterator[Row]:
@@ -285,4 +358,4 @@ def _labels(chunk: list[tuple[Any, Row]], label_column: str | None) -> Tensor | 
     return torch.tensor(labels)
 
 
-__all__ = ["EncodedBatch", "ImageDataset", "draw_images", "draw_rows", "encode_dataset", "find_columns"]
+__all__ = ["EncodedBatch", "ImageDataset", "draw_images", "draw_rows", "encode_dataset", "find_columns", "find_data"]

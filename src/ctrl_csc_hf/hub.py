@@ -36,7 +36,8 @@ def export(
 ) -> Path:
     """Writes the folder of a Hub repository: weights, configuration, image processor, the code of all, and the card.
 
-    The same model gives the same bytes. Files of the same names are overwritten, others stay.
+    The same model gives the same bytes. Files of the same names are overwritten; card, figures, pictures and sampler of
+    another model that the folder holds are removed; others stay.
 
     Args:
         model: what to publish.

@@ -187,17 +187,27 @@ def sample_rate_reduction(features: Tensor, reconstructed: Tensor, *, distortion
 
 
 def check_precision(name: str, features: Tensor, distortion: float) -> None:
-    """Raises ValueError if rounding would show in coding rates of rows (n, d) of this length at this distortion."""
+    """Raises ValueError if rounding or overflow would show in coding rates of rows (n, d) of this length."""
     if features.numel() == 0:
         return
     rows = _exact(features.detach())
-    length = torch.linalg.vector_norm(rows, dim=1).max().item()
-    largest = (LARGEST_ROUNDING / torch.finfo(rows.dtype).eps * distortion / rows.shape[1]) ** 0.5
-    if largest < length < float("inf"):
+    (count, dim), limits = rows.shape, torch.finfo(rows.dtype)
+    if dim / distortion > limits.max:
         raise ValueError(
-            f"distortion={distortion!r} is too small for {name} of d = {rows.shape[1]} whose longest row has the norm "
-            f"{length:.3g}: the coding rate would lose digits. The distortion must be at least "
-            f"{distortion * (length / largest) ** 2:.3g}, or the norms at most {largest:.3g}"
+            f"distortion must be at least {dim / limits.max:.3g} for {name} of d = {dim}, got {distortion!r}"
+        )
+    scale = rows.abs().max().item()
+    if not 0 < scale < float("inf"):
+        return
+    length = scale * torch.linalg.vector_norm(rows / scale, dim=1).max().item()  # whose squares may overflow
+    most = (limits.max / (4 * count)) ** 0.5  # so that sums of squares over two sets are finite
+    least = dim * limits.eps / LARGEST_ROUNDING  # of the distortion, for rows of norm 1
+    exact = (distortion / least) ** 0.5
+    if length > min(most, exact):
+        remedy = f", or the distortion at least {least * length**2:.3g}" if length < most else ""
+        raise ValueError(
+            f"distortion={distortion!r} is too small for {name} of d = {dim} whose longest row has the norm "
+            f"{length:.3g}: the coding rate would lose digits. The norms must be at most {min(most, exact):.3g}{remedy}"
         )
 
 
