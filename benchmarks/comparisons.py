@@ -141,37 +141,6 @@ def bare_stage(bench: Bench) -> list[Row]:
     return rows
 
 
-def implicit_gradient(bench: Bench) -> list[Row]:
-    """The implicit gradient against the unrolled one: memory kept for the backward pass, and both against float64."""
-    rows = []
-    for iterations in (8, 16, 32):
-        options = {"num_iterations": iterations, "ridge": 1.0}
-        unrolled, signal, gradient, setting = _stage(bench, (16, 32, 16), **options)
-        implicit = ConvolutionalSparseCoding(16, 32, 4, 2, 1, gradient="implicit", **options).to(bench.device)
-        implicit.load_state_dict(unrolled.state_dict())
-
-        def derivatives(stage, signal=signal, gradient=gradient) -> tuple[Tensor, ...]:
-            return torch.autograd.grad(stage.encode(signal), (signal, stage.dictionary), gradient)
-
-        converged = ConvolutionalSparseCoding(16, 32, 4, 2, 1, ridge=1.0, num_iterations=100).to(signal).double()
-        converged.load_state_dict(unrolled.state_dict())
-        few = signal.detach()[:4].requires_grad_()  # float64 convolutions are slow
-        exact = torch.autograd.grad(converged.encode(few.double()), (few, converged.dictionary), gradient[:4].double())
-        figures = {}
-        for name, stage in (("unrolled", unrolled), ("implicit", implicit)):
-            found = derivatives(stage, few, gradient[:4])
-            cosines = [
-                F.cosine_similarity(a.double().flatten(), b.double().flatten(), 0).item()
-                for a, b in zip(found, exact, strict=True)
-            ]
-            figures[f"{name} cosine"] = min(cosines)
-            figures[f"{name} MB"] = _kept_for_backward(stage, signal) / 1e6
-        figures["memory of unrolled"] = figures["implicit MB"] / figures["unrolled MB"]
-        times = bench.pair(lambda s=implicit, d=derivatives: d(s), lambda s=unrolled, d=derivatives: d(s))
-        rows.append(Row("implicit / unrolled", f"{setting}, ridge 1", **times, figures=figures))
-    return rows
-
-
 def reconstruction(bench: Bench) -> list[Row]:
     """Images a second, encoded and decoded, against autoencoders of diffusers with random weights."""
     model = CtrlCscModel(CtrlCscConfig(**load_preset("cifar10")["model"] | _tiny(bench))).to(bench.device).eval()
@@ -211,7 +180,6 @@ COMPARISONS: dict[str, Callable[[Bench], list[Row]]] = {
     "step": training_step,
     "stage": plain_stage,
     "bare": bare_stage,
-    "implicit": implicit_gradient,
     "reconstruction": reconstruction,
     "loader": image_loader,
     "throughput": throughput,

@@ -73,25 +73,6 @@ def tied_tensors(model: CtrlCscModel) -> dict[str, bool]:
     return {name: halves[0][name] is halves[1][name] for name in names}
 
 
-def test_implicit_gradient_is_that_of_the_unrolled_stages_near_the_minimiser():
-    options = {"ridge": 1.0, "num_iterations": 60}
-    models = [build_model(**options, gradient=gradient).double() for gradient in ("unrolled", "implicit")]
-    models[1].load_state_dict(models[0].state_dict())
-    for model in models:
-        model.encoder(images().double()).latents[:, 0].sum().backward()
-    for expected, found in zip(*(model.encoder.parameters() for model in models), strict=True):
-        assert (found.grad - expected.grad).norm() <= 1e-3 * expected.grad.norm()
-
-
-def test_gradient_that_is_unknown_or_needs_a_ridge_is_an_error():
-    with pytest.raises(
-        ValueError, match=r"gradient='none' is not allowed: it must be one of \('unrolled', 'implicit'\)"
-    ):
-        CtrlCscConfig(**CONFIG | {"gradient": "none"})
-    with pytest.raises(ValueError, match=r"ridge=0\.0 is not allowed: it must be above 0 for gradient='implicit'"):
-        CtrlCscConfig(**CONFIG | {"ridge": 0.0, "gradient": "implicit"})
-
-
 # ---- outputs
 
 

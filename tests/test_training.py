@@ -15,8 +15,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import TRAINING
-from diffusers.training_utils import EMAModel
-from ema import averaged_model
+from ema import AverageOfWeights, evaluated_model
 from PIL import Image
 from safetensors.torch import load_file
 from settings import SCHEDULERS
@@ -83,7 +82,7 @@ def test_an_average_without_memory_is_the_raw_model(train: Train) -> None:
     raw = load_file(train("--use_ema", "false", output="raw") / "model.safetensors")
     parameters = [name for name, _ in CtrlCscModel.from_pretrained(train(output="names")).named_parameters()]
     for name in parameters:
-        # diffusers averages as s - (1 - decay) (s - p), which is p up to rounding
+        # the average s + (1 - decay) (p - s) is p up to rounding
         torch.testing.assert_close(averaged[name], raw[name], atol=1e-6, rtol=0)
 
 
@@ -376,7 +375,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_with_its_step_and_leaves_the_ch
     train("--max_train_steps", "2")
     before = {path: path.read_bytes() for path in (tmp_path / "model").rglob("checkpoint-2/*")}
     with pytest.raises(
-        FloatingPointError, match=r"step 3: the encoder's loss is inf.*last checkpoint in .*model is intact"
+        FloatingPointError, match=r"step 3: the encoder loss is inf.*last checkpoint in .*model is intact"
     ):
         train("--resume_from_checkpoint", "latest", "--max_train_steps", "8", "--energy", "1e39")
     assert before and all(path.read_bytes() == content for path, content in before.items())
@@ -531,13 +530,14 @@ def test_an_average_is_the_same_after_saving_and_loading_elsewhere(options: dict
     config = CtrlCscConfig(image_size=8, latent_dim=6, stage_channels=[4], kernel_sizes=[4, 4], strides=[2, 1],
                            paddings=[1, 0], **options)  # fmt: skip
     model = CtrlCscModel(config)
-    average = EMAModel(model.parameters(), decay=0.5)
+    average = AverageOfWeights(model.parameters(), decay=0.5)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter))
-    average.step(model.parameters())
+    average.advance()
+    average.update(model.parameters())
     images = torch.rand(12, 3, 8, 8) * 2 - 1
-    averaged = averaged_model(model, average, images, batch_size=4)
+    averaged = evaluated_model(model, average, images, batch_size=4)
     assert all(dictionary.has_unit_atoms() for dictionary in averaged.dictionaries())
     assert_same_bits_in_a_new_process(averaged, tmp_path)
 
@@ -548,7 +548,7 @@ def test_statistics_of_an_average_are_the_means_over_the_batches_of_its_images()
                            paddings=[1, 0])  # fmt: skip
     model = CtrlCscModel(config)
     images = torch.rand(12, 3, 8, 8) * 2 - 1
-    averaged = averaged_model(model, EMAModel(model.parameters(), decay=0), images, batch_size=4)
+    averaged = evaluated_model(model, AverageOfWeights(model.parameters(), decay=0), images, batch_size=4)
     codes = [averaged.encoder.stages[0].encode(batch) for batch in images.split(4)]
     means = torch.stack([batch.mean(dim=(0, 2, 3)) for batch in codes]).mean(dim=0)
     variances = torch.stack([batch.var(dim=(0, 2, 3)) for batch in codes]).mean(dim=0)

@@ -17,7 +17,7 @@ import torch
 from accelerate import Accelerator, PartialState
 from accelerate.utils import gather_object
 from datasets.exceptions import DatasetsError
-from diffusers.training_utils import EMAModel
+from ema import AverageOfWeights
 from safetensors.torch import load_file, save_file
 from settings import FIXED, WITHOUT_INFLUENCE, TrainingSettings
 from stream import ImageLoader, Place
@@ -54,8 +54,8 @@ class History:
         self.records: list[dict[str, float]] = []
         self.changes: list[dict[str, Any]] = []
 
-    def record(self, **figures: float) -> None:
-        self.records.append({"step": self.step, **figures})
+    def record(self, step: int, **figures: float) -> None:
+        self.records.append({"step": step, **figures})
 
     def gather_places(self) -> None:
         """On all processes at once."""
@@ -96,7 +96,7 @@ class TrainingState:
         model: both players.
         descents: what is learned before the game, by name.
         optimizers: of the game, by player.
-        ema: average of the weights, or None.
+        average: of the weights, or None.
         history: where the run stands.
     """
 
@@ -104,7 +104,7 @@ class TrainingState:
     model: CtrlCscModel
     descents: dict[str, Descent]
     optimizers: dict[str, Optimizer]
-    ema: EMAModel | None
+    average: AverageOfWeights | None
     history: History
 
     def save(self, folder: Path) -> None:
@@ -121,13 +121,13 @@ class TrainingState:
             for parameter, moments in optimizer.state_dict()["state"].items()
             for moment, value in moments.items()
         }
-        if self.ema:
-            tensors |= {f"ema.{index}": parameter for index, parameter in enumerate(self.ema.shadow_params)}
+        if self.average:
+            tensors |= {f"average.{index}": weights for index, weights in enumerate(self.average.weights)}
         save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, folder / TENSORS)
         numbers = {
             "history": self.history.state_dict(),
             "descents": {name: descent.done for name, descent in self.descents.items()},
-            "averaged": self.ema.optimization_step if self.ema else None,
+            "averaged": self.average.steps if self.average else None,
         }
         _write_json(folder / NUMBERS, numbers)
         _write_json(folder / SETTINGS, asdict(self.settings))
@@ -152,12 +152,16 @@ class TrainingState:
                 states[name].setdefault(int(parameter), {})[moment] = tensor
         for name, optimizer in self._all_optimizers().items():
             optimizer.load_state_dict({"state": states[name], "param_groups": optimizer.state_dict()["param_groups"]})
+            for parameter, moments in optimizer.state.items():  # one kernel goes over both, in the order of memory
+                for moment, value in moments.items():
+                    if value.shape == parameter.shape:
+                        moments[moment] = torch.empty_like(parameter).copy_(value)
         for name, descent in self.descents.items():
             descent.done = numbers["descents"][name]
-        if self.ema:
-            self.ema.optimization_step = numbers["averaged"]
-            for index, parameter in enumerate(self.ema.shadow_params):
-                parameter.copy_(tensors[f"ema.{index}"])
+        if self.average:
+            self.average.steps = numbers["averaged"]
+            for index, weights in enumerate(self.average.weights):
+                weights.copy_(tensors[f"average.{index}"])
         _restore_random_state(load_file(folder / f"random_state_{PartialState().process_index}.safetensors"))
 
     def _all_optimizers(self) -> dict[str, Optimizer]:
@@ -195,7 +199,9 @@ class CatchStop:
     exit_code = 0
 
     def seen(self) -> bool:
-        """Whether any process was asked to stop; on all processes at once."""
+        """Whether any process was asked to stop; on all processes at once, which then wait for each other."""
+        if PartialState().num_processes == 1:
+            return self.requested
         return bool(sum_over_processes(torch.tensor(self.requested, device=PartialState().device, dtype=torch.int32)))
 
     def __enter__(self) -> Self:

@@ -14,7 +14,7 @@ EAGER_CALLS = 3  # before the capture, in which libraries choose their kernels a
 def make_adam(
     parameters: Iterable[nn.Parameter], learning_rate: float, betas: tuple[float, float] = (0.9, 0.999)
 ) -> Adam:
-    """Adam in one kernel. On a GPU its learning rate is a tensor there, so that a captured step reads the present one."""
+    """Adam in one kernel; on a GPU its learning rate lies there, where a captured step finds the present one."""
     parameters = list(parameters)
     device = parameters[0].device
     on_gpu = device.type == "cuda"

@@ -7,9 +7,9 @@ average of the weights, run.py what a run keeps. `--help` lists the settings.
 import logging
 import os
 import sys
+from collections.abc import Callable
 from dataclasses import asdict, fields
 from pathlib import Path
-from typing import NoReturn
 
 import torch
 import torch._functorch.config as functorch_config
@@ -18,8 +18,7 @@ from accelerate.utils import ProjectConfiguration, set_seed
 from augmentation import augment
 from collapse import COLLAPSED, CollapseWatch, largest_rate
 from data import ImageSource, load_splits, take_images, to_pixel_values
-from diffusers.training_utils import EMAModel
-from ema import CALIBRATION_IMAGES, averaged_model, recompute_statistics
+from ema import CALIBRATION_IMAGES, AverageOfWeights, evaluated_model, recompute_statistics
 from huggingface_hub import HfApi
 from run import (
     CatchStop,
@@ -34,8 +33,9 @@ from run import (
     save_model,
 )
 from settings import LOOPS, PRECISIONS, TrainingSettings, parse_settings
+from steps import StepFigures, make_adam, set_learning_rate
 from stream import ImageLoader, ImageStream
-from torch.optim.lr_scheduler import LambdaLR
+from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import AutoModel, PreTrainedConfig, get_scheduler
 from warmup import Descent, deconvolution_error, invert_encoder, sparse_coding_energy
@@ -48,6 +48,9 @@ from ctrl_csc_hf.rate_reduction import SMALL_CLASS
 
 logger = logging.getLogger(__name__)
 
+REFINED_STEPS = 10  # of a phase: the first ones move the dictionaries most, and one step of power iteration loses them
+# What the progress bar tells of a step
+SHOWN = {"loss": "loss", "rate_reduction": "dR", "rate": "R(Z)", "reconstructed_rate": "R(Zh)", "psnr": "PSNR (dB)"}
 HELD_OUT_SPLITS = ("validation", "valid", "val", "dev", "test")  # in this order, where none is named
 
 
@@ -117,17 +120,14 @@ def main(settings: TrainingSettings, config: CtrlCscConfig) -> Path:
     fit = Descent(
         deconvolution_error, model, settings.deconvolution_warmup_steps, settings.deconvolution_warmup_learning_rate
     )
-    betas = (settings.adam_beta1, settings.adam_beta2)
-    encoder_parameters, decoder_parameters = player_parameters(model)
+    rates = (settings.encoder_learning_rate, settings.decoder_learning_rate)
     optimizers = [
-        torch.optim.Adam(encoder_parameters, settings.encoder_learning_rate, betas),
-        torch.optim.Adam(decoder_parameters, settings.decoder_learning_rate, betas),
+        make_adam(parameters, rate, (settings.adam_beta1, settings.adam_beta2))
+        for parameters, rate in zip(player_parameters(model), rates, strict=True)
     ]
-    schedulers = [
-        get_scheduler(settings.lr_scheduler, optimizer, settings.lr_warmup_steps, settings.max_train_steps)
-        for optimizer in optimizers
-    ]
-    ema = EMAModel(model.parameters(), decay=settings.ema_decay) if settings.use_ema else None
+    schedule = get_scheduler(settings.lr_scheduler, optimizers[0], settings.lr_warmup_steps, settings.max_train_steps)
+    parameters = list(model.parameters())
+    average = AverageOfWeights(parameters, settings.ema_decay) if settings.use_ema else None
     loop = LOOPS[settings.loop](
         model,
         settings.closed_loop_objective(stream.num_classes),
@@ -145,134 +145,139 @@ def main(settings: TrainingSettings, config: CtrlCscConfig) -> Path:
         model,
         {"energy": energy, "fit": fit},
         dict(zip(("encoder", "decoder"), optimizers, strict=True)),
-        ema,
+        average,
         history,
     )
     if checkpoint:
         state.load(checkpoint)
-        for scheduler in schedulers:
-            continue_at(scheduler, max(history.step, 0))
         accelerator.print(f"Resumed from {checkpoint}")
     accelerator.init_trackers("ctrl_csc", config=asdict(settings))
 
-    def evaluate() -> CtrlCscModel:
-        evaluated = model
-        if ema:
-            evaluated = averaged_model(model, ema, calibration, settings.train_batch_size)
-        figures, reconstructions = held_out_figures(evaluated, held_out, settings.train_batch_size, settings.distortion)
-        history.record(**figures)
-        accelerator.log(figures, step=history.step)
-        save_grid(output_dir / "samples" / f"step-{history.step:06d}.png", held_out, reconstructions)
-        progress.write(
-            f"step {history.step}: held-out PSNR {figures['held_out_psnr']:.2f} dB, "
-            f"match {figures['held_out_match']:.1%}, R(Z) {figures['held_out_rate']:.1f} nats, "
-            f"dR {figures['held_out_rate_reduction']:.2f} nats"
-        )
-        return evaluated
+    figures, collapse = StepFigures(), CollapseWatch(settings.collapse_share, settings.collapse_steps)
+    images_a_step = settings.train_batch_size * accelerator.num_processes
 
-    def end_early(exit_code: int) -> NoReturn:
-        checkpoint = save_checkpoint(accelerator, output_dir, state)
-        accelerator.end_training()
-        accelerator.print(f"Stopped; go on with --resume_from_checkpoint {checkpoint}")
-        sys.exit(exit_code)
-
-    def not_finite(error: FloatingPointError) -> FloatingPointError:
-        return FloatingPointError(
-            f"step {history.step + 1}: {error}. The run stops; the last checkpoint in {output_dir} is intact."
-        )
-
-    batches = iter(loader)
-
-    # What the players know before the game
-    def count_step(loss: float) -> None:
-        history.step += 1
-        if history.step % settings.logging_steps == 0:
-            history.record(loss=loss)
-        if history.step < 0 and history.step % settings.checkpointing_steps == 0:
-            save_checkpoint(accelerator, output_dir, state)
-
-    if history.step < 0:
-        images = (to_pixel_values(batch["pixels"], accelerator.device) for batch in batches)
-        finished = True
-        with CatchStop() as stop:
-            means = (accelerator, images, stop.seen, count_step)
-            try:
-                if energy.steps and not fit.done:
-                    finished = energy.run(*means)
-                    if finished:
-                        recompute_statistics(model, calibration, settings.train_batch_size)
-                        invert_encoder(model, calibration.to(accelerator.device))
-                finished = finished and fit.run(*means)
-            except FloatingPointError as error:
-                raise not_finite(error) from error
-        if not finished:
-            end_early(stop.exit_code)
-        recompute_statistics(model, calibration, settings.train_batch_size)
-        if ema:
-            ema.step(model.parameters())  # the first one copies
-        save_checkpoint(accelerator, output_dir, state)
-
-    # The game
-    progress = tqdm(
-        total=settings.max_train_steps, initial=history.step, desc="training", smoothing=0.05,
-        disable=not accelerator.is_main_process,
-    )  # fmt: skip
-    if history.step == 0 and accelerator.is_main_process:
-        evaluate()
-    collapse = CollapseWatch(settings.collapse_share, settings.collapse_steps)
-    stopped = False
-    with CatchStop() as stop:
-        while history.step < settings.max_train_steps and not (stopped := stop.seen()):
-            batch = next(batches)
-            pixel_values = to_pixel_values(batch["pixels"], accelerator.device)
-            labels = batch["labels"].to(accelerator.device, non_blocking=True) if "labels" in batch else None
-            augmented = augment(pixel_values) if settings.augmentation_consistency else None
-            try:
-                with accelerator.autocast():
-                    figures = loop.step(pixel_values, labels, augmented)
-            except FloatingPointError as error:
-                raise not_finite(error) from error
-            for scheduler in schedulers:
-                scheduler.step()
-            if ema:
-                ema.step(model.parameters())
-            history.step += 1
-
-            shown = {name: value.item() for name, value in vars(figures).items()}
-            progress.update()
-            unreadable = loader.place.unreadable  # of this process
-            images_per_second = len(pixel_values) * accelerator.num_processes * (progress.format_dict["rate"] or 0)
+    def show(progress: tqdm, *, everything: bool = False) -> None:
+        """Records, logs and shows the figures that have arrived."""
+        try:
+            arrived = figures.read(everything=everything)
+        except FloatingPointError as error:
+            raise FloatingPointError(
+                f"{error}. The run stops; the last checkpoint in {output_dir} is intact."
+            ) from error
+        images_per_second = images_a_step * (progress.format_dict["rate"] or 0)
+        unreadable = loader.place.unreadable  # of this process
+        for step, values in arrived:
             progress.set_postfix_str(
-                f"dR {shown['rate_reduction']:.2f}, R(Z) {shown['rate']:.1f}, R(Zh) {shown['reconstructed_rate']:.1f}, "
-                f"PSNR {shown['psnr']:.1f} dB, {images_per_second:.0f} images/s"
+                "".join(f"{SHOWN[name]} {value:.4g}, " for name, value in values.items() if name in SHOWN)
+                + f"{images_per_second:.0f} images/s"
                 + (f", {unreadable} unreadable" if unreadable else "")
             )
-            if history.step % settings.logging_steps == 0:
-                history.record(**shown)
-                accelerator.log(
-                    {**shown, "images_per_second": images_per_second, "unreadable": unreadable},
-                    step=history.step,
-                )
-            is_due = history.step % settings.validation_steps == 0 and history.step < settings.max_train_steps
-            if is_due and accelerator.is_main_process:
-                evaluate()
-            if history.step % settings.checkpointing_steps == 0:
-                save_checkpoint(accelerator, output_dir, state)
-            images = len(pixel_values) * accelerator.num_processes
-            largest = largest_rate(images, model.config.latent_dim, settings.distortion)
-            if advice := collapse.notice(shown["rate"], largest):
+            if step % settings.logging_steps == 0:
+                history.record(step, **values)
+                tracked = values | {"images_per_second": images_per_second, "unreadable": unreadable}
+                accelerator.log(tracked, step=step)
+            largest = largest_rate(images_a_step, model.config.latent_dim, settings.distortion)
+            if "rate" in values and (advice := collapse.notice(values["rate"], largest)):
                 if accelerator.is_main_process:
-                    logger.warning("step %d: %s", history.step, advice)
+                    logger.warning("step %d: %s", step, advice)
                 if settings.stop_on_collapse:
                     stop.requested = True  # on all processes: they share R(Z)
                     stop.exit_code = COLLAPSED
 
-    if stopped:
-        progress.close()
-        end_early(stop.exit_code)
+    def evaluate() -> CtrlCscModel:
+        evaluated = evaluated_model(model, average, calibration, settings.train_batch_size)
+        found, reconstructions = held_out_figures(evaluated, held_out, settings.train_batch_size, settings.distortion)
+        history.record(history.step, **found)
+        accelerator.log(found, step=history.step)
+        save_grid(output_dir / "samples" / f"step-{history.step:06d}.png", held_out, reconstructions)
+        tqdm.write(
+            f"step {history.step}: held-out PSNR {found['held_out_psnr']:.2f} dB, "
+            f"match {found['held_out_match']:.1%}, R(Z) {found['held_out_rate']:.1f} nats, "
+            f"dR {found['held_out_rate_reduction']:.2f} nats"
+        )
+        return evaluated
+
+    batches = iter(loader)
+
+    def make_steps(name: str, until: int, steps: int, step: Callable[[dict[str, Tensor]], dict[str, Tensor]]) -> None:
+        """The steps of a phase that are left, of `steps` in all; ends the run where it is asked to stop."""
+        with tqdm(
+            total=steps,
+            initial=history.step - until + steps,
+            desc=name,
+            smoothing=0.05,
+            disable=not accelerator.is_main_process,
+        ) as progress:  # fmt: skip
+            while history.step < until:
+                is_logged = history.step % settings.logging_steps == 0
+                if (is_logged or accelerator.num_processes == 1) and stop.seen():
+                    show(progress, everything=True)
+                    checkpoint = save_checkpoint(accelerator, output_dir, state)
+                    accelerator.end_training()
+                    progress.close()
+                    accelerator.print(f"Stopped; go on with --resume_from_checkpoint {checkpoint}")
+                    sys.exit(stop.exit_code)
+                if history.step < until - steps + REFINED_STEPS:
+                    model.refine_operator_norms()
+                figures.keep(history.step + 1, step(next(batches)))
+                history.step += 1
+                progress.update()
+                is_saved = history.step % settings.checkpointing_steps == 0 and history.step != 0
+                is_measured = history.step % settings.validation_steps == 0 and 0 < history.step < until
+                if is_saved or is_measured or history.step == until:
+                    show(progress, everything=True)
+                elif history.step % settings.logging_steps == 0:
+                    show(progress)
+                if is_measured and accelerator.is_main_process:
+                    evaluate()
+                if is_saved:
+                    save_checkpoint(accelerator, output_dir, state)
+
+    # What the players know before the game
+    def descend(descent: Descent) -> Callable[[dict[str, Tensor]], dict[str, Tensor]]:
+        def step(batch: dict[str, Tensor]) -> dict[str, Tensor]:
+            descent.advance()
+            with accelerator.autocast():
+                return descent.step(to_pixel_values(batch["pixels"], accelerator.device))
+
+        return step
+
+    def prepare() -> None:
+        if energy.steps and not fit.done:
+            make_steps("before the game: sparse-coding energy", -fit.steps, energy.steps, descend(energy))
+            energy.optimizer.state.clear()  # of no use to later checkpoints
+            recompute_statistics(model, calibration, settings.train_batch_size)
+            invert_encoder(model, calibration.to(accelerator.device))
+        if fit.steps:
+            make_steps("before the game: deconvolution error", 0, fit.steps, descend(fit))
+            fit.optimizer.state.clear()
+        recompute_statistics(model, calibration, settings.train_batch_size)
+        if average:
+            average.advance()
+            average.update(parameters)
+        save_checkpoint(accelerator, output_dir, state)
+
+    # The game
+    def game(batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        for optimizer, rate in zip(optimizers, rates, strict=True):
+            set_learning_rate(optimizer, rate * schedule.lr_lambdas[0](history.step))
+        pixel_values = to_pixel_values(batch["pixels"], accelerator.device)
+        augmented = augment(pixel_values) if settings.augmentation_consistency else None
+        with accelerator.autocast():
+            played = loop.step(pixel_values, batch.get("labels"), augmented)
+        if average:
+            average.advance()
+            average.update(parameters)
+        return vars(played)
+
+    with CatchStop() as stop:
+        if history.step < 0:
+            prepare()
+        if history.step == 0 and accelerator.is_main_process:
+            evaluate()
+        make_steps("training", settings.max_train_steps, settings.max_train_steps, game)
 
     history.gather_places()
-    progress.close()
     if accelerator.is_main_process:
         save_model(evaluate(), output_dir, state, held_out, held_out_split, calibration.mean(dim=0))
         if history.unreadable:
@@ -362,15 +367,6 @@ def load_data(
                 stream.num_classes,
             )
     return stream, held_out, split, calibration
-
-
-def continue_at(scheduler: LambdaLR, step: int) -> None:
-    """Brings a schedule to a step: it is a function of the step and of the settings."""
-    scheduler.last_epoch = step
-    for group, rate, factor in zip(
-        scheduler.optimizer.param_groups, scheduler.base_lrs, scheduler.lr_lambdas, strict=True
-    ):
-        group["lr"] = rate * factor(step)
 
 
 if __name__ == "__main__":

@@ -54,7 +54,7 @@ class Descent:
         self._parameters = list(model.parameters())
 
     def advance(self) -> None:
-        """Counts a step and sets its learning rate: before `step`, and on the host, where a captured step does not come."""
+        """Counts a step and sets its learning rate: before `step`, on the host, where a captured step does not come."""
         set_learning_rate(self.optimizer, self.learning_rate * (1 - self.done / self.steps))
         self.done += 1
 

@@ -41,7 +41,7 @@ class BatchNorm(nn.Module):
     def forward(
         self, codes: Tensor, update_statistics: bool, statistics: tuple[Tensor, Tensor] | None = None
     ) -> Tensor:
-        """Normalises by the running statistics; in training by `statistics`, another batch's, or else by the batch's."""
+        """Normalises by the running statistics; in training by `statistics` of another batch, or by the batch's."""
         if self.training and statistics is None:
             if self.sum_over_processes is not None:
                 return self._normalize_over_processes(codes, update_statistics, self.sum_over_processes)
@@ -52,10 +52,10 @@ class BatchNorm(nn.Module):
         return F.batch_norm(codes, mean, variance, self.weight, self.bias, eps=self.eps)
 
     def _normalize_by_batch(self, codes: Tensor, update_statistics: bool) -> Tensor:
-        running = (self.running_mean, self.running_var) if update_statistics else (None, None)
+        momentum = self.momentum if update_statistics else 0.0
         # As F.batch_norm, which does not give the batch's statistics.
         normalized, mean, inverse_deviation = torch.native_batch_norm(
-            codes, self.weight, self.bias, *running, True, self.momentum, self.eps
+            codes, self.weight, self.bias, self.running_mean, self.running_var, True, momentum, self.eps
         )
         self.batch_statistics = (mean.detach(), inverse_deviation.detach())
         return normalized

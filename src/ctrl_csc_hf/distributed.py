@@ -25,11 +25,6 @@ def sum_over_processes(tensor: Tensor) -> Tensor:
 
 
 def count_over_processes(count: int, device: torch.device) -> Tensor | int:
-    """The sum of the processes' counts: of one process its own, of more a tensor on the device, as nothing waits."""
-    return count if num_processes() == 1 else sum_over_processes(torch.full((), count, device=device))
-
-
-def count_over_processes(count: int, device: torch.device) -> Tensor | int:
     """The sum of the processes' counts: of one process its own, of more a tensor, for which nothing waits."""
     return count if num_processes() == 1 else sum_over_processes(torch.full((), count, device=device))
 

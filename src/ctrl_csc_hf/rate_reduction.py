@@ -150,9 +150,7 @@ def class_moments(features: Tensor, labels: Tensor, num_classes: int) -> Tensor:
     return second_moments(_group_by_class(_exact(features), labels, num_classes)[0])
 
 
-def rates_of_moments(
-    moments: Tensor, count: Tensor | int, *, distortion: float = 0.5
-) -> tuple[Tensor, Tensor, Tensor]:
+def rates_of_moments(moments: Tensor, count: Tensor | int, *, distortion: float = 0.5) -> tuple[Tensor, Tensor, Tensor]:
     """`rates_of_pair` from the second moments of Z and Zh (2, d, d) and their number of rows."""
     sets = torch.cat([moments, moments.mean(dim=0, keepdim=True)])  # the union has their sum, and twice the rows
     rate, reconstructed_rate, union = _rates_of_grams(sets, count, distortion)

@@ -307,7 +307,7 @@ class ConvolutionalSparseCoding(ConvolutionalDictionary):
 
     @torch.no_grad()
     def follow_operator_norm(self) -> None:
-        """Brings `operator_norm` after the dictionary by two steps of power iteration. Call it after each small change.
+        """Brings `operator_norm` after the dictionary by one step of power iteration. Call it after each small change.
 
         As spectral normalisation does (Miyato et al., ICLR 2018): singular vectors of a dictionary in training move
         slowly. No value is read, so a GPU need not wait.
@@ -473,7 +473,7 @@ class _AtomsGradient(torch.autograd.Function):
     def forward(ctx: Any, fista: _Fista, atoms: Tensor, *trajectory: Tensor) -> Tensor:
         ctx.fista, ctx.shape = fista, atoms.shape
         ctx.save_for_backward(*trajectory)
-        return fista.threshold.clone()
+        return fista.threshold.view(())
 
     @staticmethod
     @once_differentiable
