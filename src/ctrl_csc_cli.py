@@ -4,8 +4,10 @@ A module beside the package, because importing the package registers it with tra
 `--help` and `--version` answer at once; each command imports what it needs when it runs.
 """
 
+import os
 import re
 import runpy
+import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -26,6 +28,12 @@ if TYPE_CHECKING:
 
 class OneLineErrors(TyperGroup):
     """Commands that end with one line, by Ctrl-C with the exit code of shells, 130, or by an error of the system."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        # datasets and safetensors want names of files in UTF-8, whatever the locale.
+        if not args and sys.getfilesystemencoding() != "utf-8":
+            os.execv(sys.executable, [sys.executable, "-X", "utf8", *sys.orig_argv[1:]])
+        return super().__call__(*args, **kwargs)
 
     def invoke(self, ctx: Any) -> Any:
         try:

@@ -246,6 +246,13 @@ for arguments in {wrong}:
         assert name in result.stdout.split("loaded")[0]
 
 
+def test_arguments_are_read_as_utf_8_whatever_the_locale() -> None:
+    command = [str(Path(sys.executable).parent / "ctrl-csc"), "fit-sampler", "--model", "é", "--dataset_name", "x"]
+    ascii_locale = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    result = subprocess.run(command, env={**os.environ, **ascii_locale}, capture_output=True)
+    assert result.returncode == 2 and "got 'é'" in result.stderr.decode()
+
+
 def test_the_version_is_that_of_pyproject() -> None:
     project = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     assert CliRunner().invoke(app, ["--version"]).output == f"ctrl-csc-hf {project['version']}\n"
