@@ -373,13 +373,13 @@ def test_what_fit_sampler_cannot_take_is_said_in_words(
 
 
 def test_a_class_of_a_single_image_is_named(own_model: Path, tmp_path: Path) -> None:
-    for name, count in (("many", 3), ("single", 1)):
+    for name, count in (("boat", 3), ("train", 1)):  # classes, not splits
         (tmp_path / "data" / name).mkdir(parents=True)
         for index in range(count):
             Image.effect_noise((16, 16), 50).save(tmp_path / "data" / name / f"{index}.png")
     result = fit(own_model, "--dataset_name", tmp_path / "data")
     assert result.exit_code == 1 and not (own_model / "sampler").exists()
-    assert "got 1 of ['single']: " in result.output and "--label_column none" in result.output
+    assert "got 1 of ['train']: " in result.output and "--label_column none" in result.output
 
 
 # Ctrl-C
