@@ -31,6 +31,7 @@ from ctrl_csc_hf import CtrlCscImageProcessor, CtrlCscModel
 from ctrl_csc_hf.distributed import sum_over_processes
 from ctrl_csc_hf.metrics import nearest_latent_match, peak_signal_to_noise_ratio
 from ctrl_csc_hf.rate_reduction import coding_rate, rate_reduction
+from ctrl_csc_hf.repository_ctrl_csc import remove_other_model
 from ctrl_csc_hf.visualization import reconstruction_grid, training_curves
 
 logger = logging.getLogger(__name__)
@@ -410,6 +411,7 @@ def save_model(
         held_out: images (n, C, H, W) of the data set's `split`.
         mean_image: of training images (C, H, W): a model whose reconstructions are no closer has learned nothing.
     """
+    remove_other_model(output_dir, model)  # such as the sampler of the model before it was resumed
     model.save_pretrained(output_dir)
     shown = held_out[:GRID_IMAGES]
     reconstructions = model(shown.to(model.device), return_dict=True).reconstruction.cpu()
