@@ -4,9 +4,13 @@ A module beside the package, because importing the package registers it with tra
 `--help` and `--version` answer at once; each command imports what it needs when it runs.
 """
 
+import os
 import re
 import runpy
+import sys
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib import metadata
 from itertools import islice
 from pathlib import Path
@@ -22,8 +26,14 @@ if TYPE_CHECKING:
     from ctrl_csc_hf import CtrlCscImageProcessor, CtrlCscModel
 
 
-class Interruptible(TyperGroup):
-    """Commands that Ctrl-C ends with one line and the exit code of shells, 130."""
+class OneLineErrors(TyperGroup):
+    """Commands that end with one line, by Ctrl-C with the exit code of shells, 130, or by an error of the system."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        # datasets and safetensors want names of files in UTF-8, whatever the locale.
+        if not args and sys.getfilesystemencoding() != "utf-8":
+            os.execv(sys.executable, [sys.executable, "-X", "utf8", *sys.orig_argv[1:]])
+        return super().__call__(*args, **kwargs)
 
     def invoke(self, ctx: Any) -> Any:
         try:
@@ -31,9 +41,13 @@ class Interruptible(TyperGroup):
         except KeyboardInterrupt:
             typer.echo("Interrupted", err=True)
             raise typer.Exit(130) from None
+        except BrokenPipeError:  # which click ends in silence
+            raise
+        except OSError as error:
+            _stop(str(error))
 
 
-app = typer.Typer(cls=Interruptible, add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
+app = typer.Typer(cls=OneLineErrors, add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
 
 Model = Annotated[str, typer.Option(help="A folder that train.py wrote, or a Hub repository.")]
 LocalModel = Annotated[str, typer.Option("--model", help="A folder that train.py wrote.")]
@@ -83,9 +97,10 @@ def reconstruct(
     originals = torch.cat([_read_image(path, "IMAGES", processor) for path in paths])
     with torch.inference_mode():
         reconstructions = torch.cat([loaded(batch).reconstruction for batch in originals.split(64)])
-    output.parent.mkdir(parents=True, exist_ok=True)
     scale = max(1, 128 // originals.shape[-1])
-    reconstruction_grid(originals, reconstructions, scale=scale).save(output)
+    with _written(output, "--output"):
+        output.parent.mkdir(parents=True, exist_ok=True)
+        reconstruction_grid(originals, reconstructions, scale=scale).save(output)
     for path, psnr in zip(images, peak_signal_to_noise_ratio(originals, reconstructions).tolist(), strict=True):
         typer.echo(f"{path}: PSNR {psnr:.2f} dB")
     typer.echo(f"Originals above reconstructions: {output}")
@@ -156,14 +171,16 @@ def inspect(
                 progress.update()
     except (ValueError, TypeError) as error:  # what the model refuses
         _stop(str(error))
-    output.mkdir(parents=True, exist_ok=True)
-    for picture in (picture for pictures in chapters.values() for picture in pictures):
-        path = output / (re.sub(r"[^\w-]+", "_", picture.name) + ".png")
-        path.write_bytes(picture.png)
-        typer.echo(f"{picture.title}: {path}")
+    with _written(output, "--output"):
+        output.mkdir(parents=True, exist_ok=True)
+        for picture in (picture for pictures in chapters.values() for picture in pictures):
+            path = output / (re.sub(r"[^\w-]+", "_", picture.name) + ".png")
+            path.write_bytes(picture.png)
+            typer.echo(f"{picture.title}: {path}")
     if report is not None:
-        report.parent.mkdir(parents=True, exist_ok=True)
-        report.write_text(html_report(loaded, Path(model).absolute().name, chapters), encoding="utf-8")
+        with _written(report, "--report"):
+            report.parent.mkdir(parents=True, exist_ok=True)
+            report.write_text(html_report(loaded, Path(model).absolute().name, chapters), encoding="utf-8")
         typer.echo(f"All of it: {report}")
 
 
@@ -217,7 +234,8 @@ def fit_sampler(
 ) -> None:
     """Fits what CtrlCscPipeline.sample draws from on the training images' latents, and writes it into MODEL/sampler.
 
-    The sampler has a component for each class; without labels, for each group of latents that is found.
+    The sampler has a component for each class, whose name is written into the model's configuration; without labels,
+    for each group of latents that is found.
     """
     folder = _local_folder(model, "the sampler is written")
     try:
@@ -238,15 +256,18 @@ def fit_sampler(
                 image_column=image_column,
                 label_column=label_column or "none",
                 num_images=num_images,
-            )
+            ),
+            class_names=names,
         )
     except (OSError, ValueError) as error:
         _stop(str(error))
-    sampler.save_pretrained(folder / hub.SAMPLER)
-    if names and "id2label" not in loaded.config.to_diff_dict():
-        loaded.config.id2label = dict(enumerate(names))
-        loaded.config.label2id = {name: label for label, name in enumerate(names)}
-        loaded.config.save_pretrained(folder)
+    with _written(folder, "--model"):
+        sampler.save_pretrained(folder / hub.SAMPLER)
+        if sampler.labels is not None:
+            id2label = dict(enumerate(names)) if names else {label: str(label) for label in sampler.labels.tolist()}
+            loaded.config.id2label = id2label
+            loaded.config.label2id = {name: label for label, name in id2label.items()}
+            loaded.config.save_pretrained(folder)
     kind = "groups" if sampler.labels is None else "classes"
     ranks = f"{min(sampler.ranks)} to {max(sampler.ranks)} of {sampler.means.shape[1]} directions"
     typer.echo(f"Components: {len(sampler.ranks)} {kind}, of {ranks}")
@@ -256,7 +277,7 @@ def fit_sampler(
 @app.command()
 def demo(
     model: Model,
-    port: Annotated[int, typer.Option(help="Local port of the web page.")] = 7860,
+    port: Annotated[int, typer.Option(help="Local port of the web page.", min=1, max=65535)] = 7860,
 ) -> None:
     """Starts the page of the Space spaces/ctrl-csc on a model: what is inside it, and what it makes of images."""
     from ctrl_csc_hf import hub
@@ -287,6 +308,15 @@ def demo(
     except OSError as error:
         raise typer.BadParameter(f"must be a free port, got {port}: {error}", param_hint="--port") from error
     threading.Event().wait()  # for Ctrl-C
+
+
+@contextmanager
+def _written(path: Path, argument: str) -> Iterator[None]:
+    """Tells what cannot be written by the argument that names it."""
+    try:
+        yield
+    except OSError as error:
+        raise typer.BadParameter(f"must be where one can write, got {path}: {error}", param_hint=argument) from error
 
 
 def _stop(message: str) -> NoReturn:
@@ -366,13 +396,14 @@ def _open_dataset(
     """The columns of a split's images and labels, undecoded, and their names."""
     import datasets
 
-    from ctrl_csc_hf.encoding import undecoded
+    from ctrl_csc_hf.encoding import find_data, undecoded
 
     try:
-        splits = datasets.get_dataset_split_names(name)
+        source = find_data(name)
+        splits = datasets.get_dataset_split_names(**source)
         if split not in splits:
             raise typer.BadParameter(f"must be one of {splits}, got {split!r}", param_hint="--split")
-        dataset = datasets.load_dataset(name, split=split, streaming=True)
+        dataset = datasets.load_dataset(**source, split=split, streaming=True)
         dataset = dataset if dataset.features else dataset._resolve_features()
     except (OSError, ValueError, _http_error(), datasets.exceptions.DatasetGenerationError) as error:
         raise typer.BadParameter(

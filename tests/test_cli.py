@@ -80,6 +80,10 @@ def test_reconstruct_writes_originals_above_reconstructions_and_prints_each_psnr
         ),
         (["{cut}", "--model", "{model}"], "images that PIL reads and the model takes"),
         (["{photo}", "--model", "{model}", "--output", "{empty}/grid.bmp"], "must end in .png"),
+        (
+            ["{photo}", "--model", "{model}", "--output", "{text}/grid.png"],
+            "--output: must be where one can write, got",
+        ),
         (["nowhere.png", "--model", "{model}"], "does not exist"),
     ],
 )
@@ -197,6 +201,18 @@ def test_a_port_in_use_is_said(model_folder: Path) -> None:
     assert result.exit_code == 2 and f"must be a free port, got {port}" in " ".join(result.output.split())
 
 
+def test_a_port_that_cannot_be_is_said(model_folder: Path) -> None:
+    result = CliRunner().invoke(app, ["demo", "--model", str(model_folder), "--port", "65536"])
+    assert result.exit_code == 2 and "Invalid value for '--port'" in result.output
+
+
+def test_a_damaged_sampler_is_one_line(own_model: Path) -> None:
+    (own_model / "sampler").mkdir()
+    (own_model / "sampler" / "model.safetensors").write_bytes(b"no sampler")
+    result = CliRunner().invoke(app, ["demo", "--model", str(own_model)])
+    assert result.exit_code == 1 and "must be a sampler's file" in result.output and "Traceback" not in result.output
+
+
 def test_without_gradio_the_demo_names_the_extra(model_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "gradio", None)
     result = CliRunner().invoke(app, ["demo", "--model", str(model_folder)])
@@ -228,6 +244,13 @@ for arguments in {wrong}:
     assert result.stdout.count("loaded set()") == len(wrong), result.stdout + result.stderr
     for name in commands:
         assert name in result.stdout.split("loaded")[0]
+
+
+def test_arguments_are_read_as_utf_8_whatever_the_locale() -> None:
+    command = [str(Path(sys.executable).parent / "ctrl-csc"), "fit-sampler", "--model", "é", "--dataset_name", "x"]
+    ascii_locale = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    result = subprocess.run(command, env={**os.environ, **ascii_locale}, capture_output=True)
+    assert result.returncode == 2 and "got 'é'" in result.stderr.decode()
 
 
 def test_the_version_is_that_of_pyproject() -> None:
@@ -275,13 +298,32 @@ def test_fit_sampler_finds_the_columns_draws_from_the_whole_split_and_keeps_clas
     assert image.size == (16, 16)
 
 
-def test_fit_sampler_leaves_class_names_that_a_model_has(own_model: Path, image_folder: Path) -> None:
+def numbered(folder: Path, labels: list[int]) -> Path:
+    """A data set whose classes have no names."""
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.Value("int64")})
+    photos = [Image.effect_noise((16, 16), 50).convert("RGB") for _ in labels]
+    folder.mkdir()
+    datasets.Dataset.from_dict({"image": photos, "label": labels}, features=features).to_parquet(folder / "0.parquet")
+    return folder
+
+
+def test_class_names_are_those_of_the_data_set_that_the_sampler_was_fitted_on(
+    own_model: Path, image_folder: Path, tmp_path: Path
+) -> None:
     model = CtrlCscModel.from_pretrained(own_model)
-    model.config.id2label = {0: "a", 1: "b"}
+    model.config.id2label = {0: "a", 1: "b", 2: "c"}
     model.save_pretrained(own_model)
-    before = (own_model / "config.json").read_bytes()
-    assert fit(own_model, "--dataset_name", image_folder).exit_code == 0
-    assert (own_model / "config.json").read_bytes() == before
+
+    def names_after(*arguments: object) -> dict[int, str]:
+        result = fit(own_model, "--dataset_name", *arguments)
+        assert result.exit_code == 0, result.output
+        config = CtrlCscConfig.from_pretrained(own_model)
+        assert config.label2id == {name: label for label, name in config.id2label.items()}
+        return config.id2label
+
+    assert names_after(image_folder) == {0: "class0", 1: "class1"}
+    assert names_after(image_folder, "--label_column", "none") == {0: "class0", 1: "class1"}
+    assert names_after(numbered(tmp_path / "numbered", [7, 7, 3, 3, 3])) == {3: "3", 7: "7"}
 
 
 def test_fit_sampler_without_labels_seeks_groups(own_model: Path, image_folder: Path) -> None:
@@ -301,12 +343,8 @@ def test_fit_sampler_without_labels_seeks_groups(own_model: Path, image_folder: 
 def test_labels_kept_secret_are_refused_where_they_are_asked_for(
     command: str, message: str, own_model: Path, tmp_path: Path
 ) -> None:
-    features = datasets.Features({"image": datasets.Image(), "label": datasets.Value("int64")})
-    photos = [Image.effect_noise((16, 16), 50).convert("RGB") for _ in range(8)]
-    rows = datasets.Dataset.from_dict({"image": photos, "label": [-1] * 8}, features=features)
-    (tmp_path / "data").mkdir()
-    rows.to_parquet(tmp_path / "data" / "test.parquet")
-    data = ["--dataset_name", str(tmp_path / "data"), "--split", "test", "--label_column", "label"]
+    data = ["--dataset_name", str(numbered(tmp_path / "data", [-1] * 8)), "--split", "train"]
+    data += ["--label_column", "label"]
     output = ["--output", str(tmp_path / "out")] if command == "inspect" else []
     result = CliRunner().invoke(app, [command, "--model", str(own_model), *data, *output])
     assert result.exit_code == 1
@@ -332,6 +370,16 @@ def test_what_fit_sampler_cannot_take_is_said_in_words(
     assert result.exit_code == (1 if message.startswith("Error") else 2)
     assert message in " ".join(result.output.replace("│", " ").split()) and "Traceback" not in result.output
     assert not (own_model / "sampler").exists()
+
+
+def test_a_class_of_a_single_image_is_named(own_model: Path, tmp_path: Path) -> None:
+    for name, count in (("boat", 3), ("train", 1)):  # classes, not splits
+        (tmp_path / "data" / name).mkdir(parents=True)
+        for index in range(count):
+            Image.effect_noise((16, 16), 50).save(tmp_path / "data" / name / f"{index}.png")
+    result = fit(own_model, "--dataset_name", tmp_path / "data")
+    assert result.exit_code == 1 and not (own_model / "sampler").exists()
+    assert "got 1 of ['train']: " in result.output and "--label_column none" in result.output
 
 
 # Ctrl-C

@@ -165,6 +165,19 @@ def test_the_same_checkpoint_gives_the_same_bytes_in_every_process(tmp_path: Pat
     assert first == files(tmp_path / "again")
 
 
+def test_an_export_replaces_that_of_another_model_in_its_folder(tmp_path: Path) -> None:
+    checkpoint = a_checkpoint(tmp_path / "checkpoint", trained_model(True, "batch_norm"))
+    LatentSampler(torch.ones(1), torch.zeros(1, 6), [torch.eye(6)]).save_pretrained(checkpoint / "sampler")
+    model = CtrlCscModel.from_pretrained(checkpoint)
+    first = files(export(model, tmp_path / "out", checkpoint=checkpoint))
+    with torch.no_grad():
+        model.decoder.output_bias.add_(1)
+    left = files(export(model, tmp_path / "out"))
+    gone = {"metrics.json", "training_args.json", "reconstructions.png", "examples/0.png", "examples/1.png"}
+    assert first.keys() - left.keys() == gone | {"sampler/model.safetensors", "sampler/sampling_ctrl_csc.py"}
+    assert b"17.5" in first["README.md"] and b"17.5" not in left["README.md"]
+
+
 @pytest.mark.parametrize("shared", [False, True])
 def test_half_the_bytes_give_nearly_the_same_model_in_its_own_precision(shared: bool, tmp_path: Path) -> None:
     model = trained_model(shared, "inverse" if shared else "batch_norm")

@@ -360,6 +360,7 @@ def test_a_folder_of_photographs_without_labels_serves_too(folder: Path, image_f
         (["--dataset_name", "{images}", "--num_images", "1"], "--num_images': Input should be greater than"),
         (["--output", "{text}"], "--output: must be a folder or not exist"),
         (["--report", "report.pdf"], "--report: must end in .html, got report.pdf"),
+        (["--output", "{text}/out"], "--output: must be where one can write, got"),
     ],
 )  # fmt: skip
 def test_what_inspect_cannot_take_is_said_in_words(

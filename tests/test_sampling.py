@@ -174,8 +174,10 @@ def test_what_it_cannot_be_fitted_on_is_said() -> None:
     latents, labels = in_subspaces(30)
     with pytest.raises(ValueError, match="label must be None, as this sampler was fitted without labels, got 2"):
         random_sampler(8).sample(label=2)
-    with pytest.raises(ValueError, match="counts must be at least 2, got 1 for label 7"):
+    with pytest.raises(ValueError, match=r"at least 2 images of each class, got 1 of \[7\]: leave"):
         fit_sampler(batches(latents, torch.tensor([7] + [2] * 29)))
+    with pytest.raises(ValueError, match="counts must be at least 2, got 1 for component 1"):
+        LatentSampler.of_gaussians(torch.tensor([3, 1]), torch.zeros(2, 8), torch.eye(8).expand(2, 8, 8))
     with pytest.raises(ValueError, match="labels must not be negative, got -1"):
         fit_sampler(batches(latents, labels - 3))
     with pytest.raises(ValueError, match="got no latents"):

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import TRAINING
+from conftest import TINY_PRESET, TRAINING
 from ema import AverageOfWeights, evaluated_model
 from PIL import Image
 from safetensors.torch import load_file
@@ -135,13 +135,82 @@ def test_a_resumed_run_refuses_settings_that_it_could_not_keep_to(train: Train) 
         "streaming": "true",
         "use_ema": "false",
         "num_validation_images": "3",
+        "validation_split": "train",
+        "label_column": "none",
         "energy_warmup_steps": "7",
         "deconvolution_warmup_learning_rate": "1.0",
     }.items():
-        with pytest.raises(ValueError, match=f"{name} must not change .* was made with .*, got {value.title()};"):
+        with pytest.raises(ValueError, match=f"(?i){name} must not change .* was made with .*, got '?{value}'?;"):
             train("--resume_from_checkpoint", "latest", "--max_train_steps", "4", f"--{name}", value)
     with pytest.raises(ValueError, match="image_size must be 16, as the checkpoint has it, got 32"):
         train("--resume_from_checkpoint", "latest", "--max_train_steps", "4", "--resolution", "32")
+    with pytest.raises(ValueError, match=r"max_train_steps must be at least 2, the step of .*checkpoint-2, got 1"):
+        train("--resume_from_checkpoint", "latest", "--max_train_steps", "1")
+
+
+def test_a_run_is_resumed_on_the_same_images_wherever_they_lie_and_on_no_others(
+    train: Train, image_folder: Path, tmp_path: Path
+) -> None:
+    flags = ("--validation_split", "train")
+    folder = train("--max_train_steps", "2", *flags)
+    state = (folder / "checkpoint-2" / "training_state.json").read_text(encoding="utf-8")
+    assert str(image_folder) not in state and image_folder.name not in state
+
+    def resume(data: Path) -> None:
+        train(*flags, "--resume_from_checkpoint", "latest", "--max_train_steps", "4", data=data)
+
+    def moved(name: str) -> Path:
+        return shutil.copytree(image_folder, tmp_path / name)
+
+    fewer, others, renamed = moved("fewer"), moved("others"), moved("renamed")
+    (fewer / "train" / "class1" / "079.png").unlink()
+    for path in others.glob("train/class0/*.png"):
+        Image.new("RGB", (20, 16), "red").save(path)
+    (renamed / "train" / "class1").rename(renamed / "train" / "class2")
+    for data, message in (
+        (fewer, "number of held-out images was 8, got 7"),
+        (others, "digest of the first (training|held-out) images was '.*', got '.*'"),
+        (renamed, r"class names was \['class0', 'class1'\], got \['class0', 'class2'\]"),
+    ):
+        with pytest.raises(ValueError, match=f"resumed on the images that it was started on: their ({message})"):
+            resume(data)
+    resume(moved("moved"))
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("model.safetensors", None),
+        ("training_state.safetensors", None),
+        ("training_state.json", b"{}"),
+        ("training_state.json", None),
+        ("training_args.json", b"{}"),
+        ("training_args.json", b"[]"),
+        ("random_state_0.safetensors", None),
+    ],
+)
+def test_a_damaged_file_of_a_checkpoint_is_named(name: str, content: bytes | None, checkpoint: Path) -> None:
+    flags = json.loads((checkpoint.parent / "flags.json").read_text(encoding="utf-8"))
+    path = checkpoint / name
+    whole = path.read_bytes()
+    path.write_bytes(whole[: len(whole) // 2] if content is None else content)
+    try:
+        with pytest.raises(ValueError, match=rf"{name} cannot be read, .* remove the folder .*checkpoint-1$"):
+            run_main([*flags, "--resume_from_checkpoint", "latest"])
+    finally:
+        path.write_bytes(whole)
+
+
+@pytest.fixture(scope="module")
+def checkpoint(image_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Of a run of one step, with its flags beside it."""
+    folder = tmp_path_factory.mktemp("run")
+    preset = folder / "tiny.yaml"
+    preset.write_text(TINY_PRESET, encoding="utf-8")
+    paths = {"config": preset, "train_data_dir": image_folder, "output_dir": folder, "cache_dir": folder / "cache"}
+    flags = [f"--{name}={path}" for name, path in paths.items()] + ["--max_train_steps=1", "--checkpointing_steps=1"]
+    (folder / "flags.json").write_text(json.dumps(flags), encoding="utf-8")
+    return run_main(flags) / "checkpoint-1"
 
 
 def test_a_resumed_run_applies_and_records_the_settings_that_were_changed(train: Train) -> None:
@@ -149,7 +218,9 @@ def test_a_resumed_run_applies_and_records_the_settings_that_were_changed(train:
         """Largest change of each half's parameters in two resumed steps, and of their average."""
         folder = train("--max_train_steps", "2", output="/".join(changed) or "same")
         before = load_file(folder / "checkpoint-2" / "model.safetensors")
+        (folder / "README.md").write_text("The card of the model after two steps", encoding="utf-8")
         train("--max_train_steps", "4", "--resume_from_checkpoint", "latest", *changed, output=str(folder))
+        assert not (folder / "README.md").exists()
         after, averaged = (load_file(path / "model.safetensors") for path in (folder / "checkpoint-4", folder))
         names = [name for name in before if name.endswith("bias")]
         moved = {
@@ -444,6 +515,9 @@ def test_ctrl_c_saves_a_checkpoint_from_which_the_run_goes_on(
         (("--push_to_hub",), "license"),
         (("--play", "both"), "play must be one of"),
         (("--reconstruction_statistics", "all"), "reconstruction_statistics must be one of .*own.*, got 'all'"),
+        (("--lr_warmup_steps", "-3"), "lr_warmup_steps must be at least 0, got -3"),
+        (("--shuffle_buffer", "-1"), "shuffle_buffer must be at least 0, got -1"),
+        (("--dataloader_num_workers", "-1"), "dataloader_num_workers must be at least 0, got -1"),
         (("--energy_warmup_steps", "-1"), "energy_warmup_steps must be at least 0, got -1"),
         (("--deconvolution_warmup_steps", "-1"), "deconvolution_warmup_steps must be at least 0, got -1"),
         (("--config", "nothing"), "a preset must be a YAML file or one of .*cifar10"),

@@ -7,6 +7,7 @@ import random
 import re
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
@@ -25,6 +26,7 @@ from ctrl_csc_hf.encoding import (
     draw_rows,
     find_columns,
     find_data,
+    image_bytes,
     open_image,
     reservoir,
     undecoded,
@@ -41,6 +43,7 @@ Augmentation = Literal["none", "flip", "crop_and_flip"]
 
 AUGMENTATIONS = ("none", "flip", "crop_and_flip")
 RESAMPLE = CtrlCscImageProcessor.resample
+IDENTIFYING = 32  # images, at most, whose contents tell a data set from others
 CROP_AREA = (0.5, 1.0)
 CROP_RATIO = (3 / 4, 4 / 3)
 
@@ -134,6 +137,28 @@ def load_splits(
                 f"{source.split!r}: name another one, or the same, of which a part is held out"
             )
     return images, load_images(replace(source, split=validation_split)), validation_split
+
+
+def identify(
+    training: ImageDataset, held_out: ImageDataset, image_column: str, label_column: str | None
+) -> dict[str, Any]:
+    """What tells the images of a run from others, without naming where they lie, for its checkpoints."""
+    identity: dict[str, Any] = {
+        "image column": image_column,
+        "label column": label_column,
+        "class names": getattr(training.features.get(label_column), "names", None),
+    }
+    for kind, images in (("training", training), ("held-out", held_out)):
+        if isinstance(images, datasets.IterableDataset):
+            identity[f"number of {kind} shards"] = images.num_shards
+        else:
+            identity[f"number of {kind} images"] = len(images)
+        digest = hashlib.blake2b(digest_size=16)
+        for encoded in next(iter(images.iter(IDENTIFYING)), {image_column: []})[image_column]:
+            with suppress(Exception):  # what cannot be read identifies nothing
+                digest.update(image_bytes(encoded))
+        identity[f"digest of the first {kind} images"] = digest.hexdigest()
+    return identity
 
 
 def hub_id(dataset_name: str | None) -> str | None:

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from textwrap import shorten
 from typing import Any, Self
 
 import torch
@@ -18,6 +19,7 @@ from accelerate import Accelerator, PartialState
 from accelerate.utils import gather_object
 from datasets.exceptions import DatasetsError
 from ema import AverageOfWeights
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from settings import FIXED, WITHOUT_INFLUENCE, TrainingSettings
 from stream import ImageLoader, Place
@@ -29,11 +31,13 @@ from ctrl_csc_hf import CtrlCscImageProcessor, CtrlCscModel
 from ctrl_csc_hf.distributed import sum_over_processes
 from ctrl_csc_hf.metrics import nearest_latent_match, peak_signal_to_noise_ratio
 from ctrl_csc_hf.rate_reduction import coding_rate, rate_reduction
+from ctrl_csc_hf.repository_ctrl_csc import remove_other_model
 from ctrl_csc_hf.visualization import reconstruction_grid, training_curves
 
 logger = logging.getLogger(__name__)
 
 GRID_IMAGES = 40
+SHOWN = 200  # letters of a value in a message
 EXAMPLES = 4  # held-out images kept as files, for the widget of a published model
 TENSORS = "training_state.safetensors"  # of a checkpoint, beside the model
 NUMBERS = "training_state.json"
@@ -77,12 +81,8 @@ class History:
             raise ValueError(
                 f"a run of {len(places)} processes must be resumed by as many, got {processes.num_processes}"
             )
-        place = places[processes.process_index]
-        lanes, expected = len(place.lanes), self.loader.stream.num_lanes
-        if lanes != expected:
-            raise ValueError(f"a run on images in {lanes} lanes must be resumed on the same, got images in {expected}")
         self.step, self.places, self.records, self.changes = state["step"], places, state["records"], state["changes"]
-        self.loader.place = place
+        self.loader.place = places[processes.process_index]
 
 
 @dataclass
@@ -98,6 +98,7 @@ class TrainingState:
         optimizers: of the game, by player.
         average: of the weights, or None.
         history: where the run stands.
+        images: what identifies the training images.
     """
 
     settings: TrainingSettings
@@ -106,6 +107,7 @@ class TrainingState:
     optimizers: dict[str, Optimizer]
     average: AverageOfWeights | None
     history: History
+    images: dict[str, Any]
 
     def save(self, folder: Path) -> None:
         """On all processes at once: the main one writes all but the states of the others' random generators."""
@@ -125,6 +127,7 @@ class TrainingState:
             tensors |= {f"average.{index}": weights for index, weights in enumerate(self.average.weights)}
         save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, folder / TENSORS)
         numbers = {
+            "images": self.images,
             "history": self.history.state_dict(),
             "descents": {name: descent.done for name, descent in self.descents.items()},
             "averaged": self.average.steps if self.average else None,
@@ -133,36 +136,56 @@ class TrainingState:
         _write_json(folder / SETTINGS, asdict(self.settings))
 
     def load(self, folder: Path) -> None:
-        """What `save` wrote, but the model, which was built from the folder already; checks the settings.
+        """What `save` wrote, but the model, which was built from the folder already; checks settings and images.
 
         Raises:
-            ValueError: for a setting that may not change, with both values.
+            ValueError: for a setting that may not change and for other images, with both values, and for a file
+                that cannot be read.
         """
-        numbers = json.loads((folder / NUMBERS).read_text(encoding="utf-8"))
-        earlier = json.loads((folder / SETTINGS).read_text(encoding="utf-8"))
-        changes = self._changes(earlier, numbers["history"]["step"])
-        self.history.load_state_dict(numbers["history"])
-        self.history.changes += changes
-        tensors = load_file(folder / TENSORS)
-        states: dict[str, dict[int, dict[str, Tensor]]] = {name: {} for name in self._all_optimizers()}
-        for key, tensor in tensors.items():
-            name, _, rest = key.partition(".")
-            if name in states:
-                parameter, _, moment = rest.partition(".")
-                states[name].setdefault(int(parameter), {})[moment] = tensor
-        for name, optimizer in self._all_optimizers().items():
-            optimizer.load_state_dict({"state": states[name], "param_groups": optimizer.state_dict()["param_groups"]})
-            for parameter, moments in optimizer.state.items():  # one kernel goes over both, in the order of memory
-                for moment, value in moments.items():
-                    if value.shape == parameter.shape:
-                        moments[moment] = torch.empty_like(parameter).copy_(value)
+        numbers, earlier = read_json(folder / NUMBERS), read_json(folder / SETTINGS)
+        random_state = folder / f"random_state_{PartialState().process_index}.safetensors"
+        with readable(folder / NUMBERS):
+            step = numbers["history"]["step"]
+            descents = {name: numbers["descents"][name] for name in self.descents}
+        with readable(folder / SETTINGS):
+            changes = self._changes(earlier, step)
+        with readable(folder / NUMBERS):
+            for name, value in self.images.items():
+                if value != (before := numbers["images"][name]):
+                    raise ValueError(
+                        f"a run must be resumed on the images that it was started on: their {name} was "
+                        f"{shorten(repr(before), SHOWN)}, got {shorten(repr(value), SHOWN)}"
+                    )
+            if step > self.settings.max_train_steps:
+                raise ValueError(
+                    f"max_train_steps must be at least {step}, the step of {folder}, got "
+                    f"{self.settings.max_train_steps}"
+                )
+            self.history.load_state_dict(numbers["history"])
+            self.history.changes += changes
+        with readable(folder / TENSORS):
+            tensors = load_file(folder / TENSORS)
+            states: dict[str, dict[int, dict[str, Tensor]]] = {name: {} for name in self._all_optimizers()}
+            for key, tensor in tensors.items():
+                name, _, rest = key.partition(".")
+                if name in states:
+                    parameter, _, moment = rest.partition(".")
+                    states[name].setdefault(int(parameter), {})[moment] = tensor
+            for name, optimizer in self._all_optimizers().items():
+                groups = optimizer.state_dict()["param_groups"]
+                optimizer.load_state_dict({"state": states[name], "param_groups": groups})
+                for parameter, moments in optimizer.state.items():  # one kernel goes over both, in the order of memory
+                    for moment, value in moments.items():
+                        if value.shape == parameter.shape:
+                            moments[moment] = torch.empty_like(parameter).copy_(value)
+            for index, weights in enumerate(self.average.weights if self.average else ()):
+                weights.copy_(tensors[f"average.{index}"])
         for name, descent in self.descents.items():
-            descent.done = numbers["descents"][name]
+            descent.done = descents[name]
         if self.average:
             self.average.steps = numbers["averaged"]
-            for index, weights in enumerate(self.average.weights):
-                weights.copy_(tensors[f"average.{index}"])
-        _restore_random_state(load_file(folder / f"random_state_{PartialState().process_index}.safetensors"))
+        with readable(random_state):
+            _restore_random_state(load_file(random_state))
 
     def _all_optimizers(self) -> dict[str, Optimizer]:
         return {name: descent.optimizer for name, descent in self.descents.items()} | self.optimizers
@@ -170,10 +193,10 @@ class TrainingState:
     def _changes(self, earlier: dict[str, Any], step: int) -> list[dict[str, Any]]:
         """Settings that changed; refuses those that may not."""
         fixed, changes = set(FIXED), []
-        if self.settings.validation_split is None:
-            fixed |= {"validation_split", "num_validation_images"}  # they choose the training images, too
         if step >= 0:
             fixed |= {"energy_warmup_learning_rate", "deconvolution_warmup_learning_rate"}
+        if missing := fixed - earlier.keys():
+            raise KeyError(*sorted(missing))
         for name, value in asdict(self.settings).items():
             before = earlier.get(name)
             if before == value:
@@ -266,6 +289,29 @@ def _restore_random_state(state: dict[str, Tensor]) -> None:
     torch.set_rng_state(state["cpu"])
     if "cuda" in state and torch.cuda.is_available():
         torch.cuda.set_rng_state(state["cuda"])
+
+
+@contextmanager
+def readable(path: Path) -> Iterator[None]:
+    """Raises a ValueError that names the file of a checkpoint where its content is not what it should be."""
+    try:
+        yield
+    except (
+        OSError, SafetensorError, LookupError, TypeError, AttributeError, RuntimeError, json.JSONDecodeError,
+        UnicodeDecodeError,
+    ) as error:  # fmt: skip
+        raise ValueError(
+            f"{path} cannot be read, {error!r}: to resume from the checkpoint before, remove the folder {path.parent}"
+        ) from error
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The entries of a JSON file; ValueError where it cannot be read."""
+    with readable(path):
+        content = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(content, dict):
+            raise TypeError(f"it must hold an object, but holds {content!r}")
+        return content
 
 
 def _write_json(path: Path, content: Any) -> None:
@@ -371,6 +417,7 @@ def save_model(
         held_out: images (n, C, H, W) of the data set's `split`.
         mean_image: of training images (C, H, W): a model whose reconstructions are no closer has learned nothing.
     """
+    remove_other_model(output_dir, model)  # such as the sampler of the model before it was resumed
     model.save_pretrained(output_dir)
     shown = held_out[:GRID_IMAGES]
     reconstructions = model(shown.to(model.device), return_dict=True).reconstruction.cpu()

@@ -26,17 +26,19 @@ OF_THE_DATA_SET = (
     "streaming",
 )  # fmt: skip
 STAGES = ("stage_channels", "kernel_sizes", "strides", "paddings")  # of a configuration, chosen by its image size
-# Settings that may not change when a run is resumed: the steps before would have been other ones, or the images' order.
+# Settings that may not change when a run is resumed: the steps before would have been other ones, or the images or
+# their order.
 FIXED = (
-    "dataset_config_name", "deconvolution_warmup_steps", "encoder", "energy_warmup_steps",
-    "pretrained_model_name_or_path", "seed", "shuffle_buffer", "streaming", "train_split", "use_ema",
+    "dataset_config_name", "deconvolution_warmup_steps", "encoder", "energy_warmup_steps", "label_column",
+    "num_validation_images", "pretrained_model_name_or_path", "seed", "shuffle_buffer", "streaming", "train_split",
+    "use_ema", "validation_split",
 )  # fmt: skip
 # Settings without influence on what is learned.
 WITHOUT_INFLUENCE = (
     "cache_dir", "checkpointing_steps", "checkpoints_total_limit", "dataloader_num_workers", "dataset_name",
     "gradient_checkpointing", "hub_license", "hub_model_id", "hub_private_repo", "logging_dir", "logging_steps",
     "max_unreadable_share", "output_dir", "push_to_hub", "report_to", "resolution", "resume_from_checkpoint",
-    "train_data_dir", "validation_split", "validation_steps", "num_validation_images",
+    "train_data_dir", "validation_steps",
 )  # fmt: skip
 
 
@@ -160,7 +162,8 @@ class TrainingSettings:
                      "validation_steps", "checkpointing_steps", "collapse_steps"):  # fmt: skip
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)!r}")
-        for name in ("energy_warmup_steps", "deconvolution_warmup_steps"):
+        for name in ("energy_warmup_steps", "deconvolution_warmup_steps", "lr_warmup_steps", "shuffle_buffer",
+                     "dataloader_num_workers", "seed"):  # fmt: skip
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must be at least 0, got {getattr(self, name)!r}")
         for name in ("encoder_learning_rate", "decoder_learning_rate", "energy_warmup_learning_rate",

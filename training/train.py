@@ -10,6 +10,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import asdict, fields
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch._functorch.config as functorch_config
@@ -17,7 +18,7 @@ from accelerate import Accelerator
 from accelerate.utils import ProjectConfiguration, set_seed
 from augmentation import augment
 from collapse import COLLAPSED, CollapseWatch, largest_rate
-from data import ImageSource, load_splits, take_images, to_pixel_values
+from data import ImageSource, identify, load_splits, take_images, to_pixel_values
 from ema import CALIBRATION_IMAGES, AverageOfWeights, evaluated_model, recompute_statistics
 from huggingface_hub import HfApi
 from run import (
@@ -28,6 +29,7 @@ from run import (
     find_checkpoint,
     held_out_figures,
     one_line_errors,
+    readable,
     save_checkpoint,
     save_grid,
     save_model,
@@ -92,13 +94,18 @@ def main(settings: TrainingSettings, config: CtrlCscConfig) -> Path:
     set_seed(settings.seed)  # the same weights on all processes
 
     # Players f and g
-    start = checkpoint or settings.pretrained_model_name_or_path
-    model = AutoModel.from_pretrained(start) if start else AutoModel.from_config(config)
+    if checkpoint:
+        with readable(checkpoint / "model.safetensors"):
+            model = AutoModel.from_pretrained(checkpoint)
+    elif settings.pretrained_model_name_or_path:
+        model = AutoModel.from_pretrained(settings.pretrained_model_name_or_path)
+    else:
+        model = AutoModel.from_config(config)
     check_config(model.config, config, settings)
 
     # Images x, each process its own
     set_seed(settings.seed, device_specific=True)
-    stream, held_out, held_out_split, calibration = load_data(
+    stream, held_out, held_out_split, calibration, identity = load_data(
         settings, model.config, accelerator.process_index, accelerator.num_processes
     )
     loader = ImageLoader(
@@ -147,6 +154,7 @@ def main(settings: TrainingSettings, config: CtrlCscConfig) -> Path:
         dict(zip(("encoder", "decoder"), optimizers, strict=True)),
         average,
         history,
+        identity,
     )
     if checkpoint:
         state.load(checkpoint)
@@ -314,8 +322,8 @@ def check_config(config: CtrlCscConfig, expected: CtrlCscConfig, settings: Train
 
 def load_data(
     settings: TrainingSettings, config: CtrlCscConfig, rank: int, world_size: int
-) -> tuple[ImageStream, torch.Tensor, str, torch.Tensor]:
-    """The stream of training images, held-out images and their split, images to calibrate batch norms on.
+) -> tuple[ImageStream, torch.Tensor, str, torch.Tensor, dict[str, Any]]:
+    """The stream of training images, held-out images and their split, images to calibrate batch norms on, `identify`.
 
     The configuration gets the names of the classes, where the data set has them.
     """
@@ -340,6 +348,7 @@ def load_data(
     if names := getattr(images.features.get(label_column), "names", None):
         config.id2label = dict(enumerate(names))
         config.label2id = {name: index for index, name in enumerate(names)}
+    identity = identify(images, held_out_images, image_column, label_column)
     if settings.objective != "multi":
         label_column = None
     form = {"image_column": image_column, "image_size": config.image_size}
@@ -366,7 +375,7 @@ def load_data(
                 SMALL_CLASS,
                 stream.num_classes,
             )
-    return stream, held_out, split, calibration
+    return stream, held_out, split, calibration, identity
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from diffusers import DiffusionPipeline
 from diffusers.utils import BaseOutput
-from huggingface_hub import create_repo, snapshot_download
+from huggingface_hub import create_repo, snapshot_download, upload_folder
 from PIL import Image
 from torch import Tensor
 from transformers import AutoModel, PreTrainedModel
@@ -284,7 +284,8 @@ class CtrlCscPipeline(DiffusionPipeline):
         """Writes a folder that DiffusionPipeline, AutoModel and AutoImageProcessor load, with the weights stored once.
 
         Card, figures and pictures of the published folder or repository that the pipeline was loaded from are saved
-        too, unless the weights have changed since. `ctrl-csc publish` writes a card of its own.
+        too, unless the weights have changed since. Those of another model that `save_directory` holds, and its sampler,
+        are removed. `ctrl-csc publish` writes a card of its own.
 
         Args:
             save_directory: is made if it does not exist.
@@ -319,7 +320,14 @@ class CtrlCscPipeline(DiffusionPipeline):
             return None
         name = repo_id or folder.resolve().name
         repository = create_repo(name, private=private, token=token, exist_ok=True).repo_id
-        return self._upload_folder(folder, repository, token=token, commit_message=commit_message, create_pr=create_pr)
+        return upload_folder(
+            repo_id=repository,
+            folder_path=folder,
+            token=token,
+            commit_message=commit_message or f"Upload {type(self).__name__}",
+            create_pr=create_pr,
+            delete_patterns=[f"{SAMPLER}/*"],  # of another pipeline, if this one has none
+        )
 
     def push_to_hub(
         self,
@@ -332,7 +340,8 @@ class CtrlCscPipeline(DiffusionPipeline):
         variant: str | None = None,
         subfolder: str | None = None,
     ) -> Any:
-        """Uploads what `save_pretrained` writes. A card that the repository already has stays, if none is saved.
+        """Uploads what `save_pretrained` writes. A card that the repository already has stays, if none is saved; a
+        sampler does not.
 
         Args:
             repo_id: "organization/name", or "name" for the account's own; is created if it does not exist.

@@ -273,6 +273,16 @@ def undecoded(
     return dataset.cast_column(image_column, datasets.Image(decode=False)), image_column, label_column
 
 
+def image_bytes(encoded: dict[str, Any] | None) -> bytes:
+    """The file of {"bytes", "path"}; ValueError for a null image, and what file systems raise."""
+    if encoded is None or (encoded["bytes"] is None and encoded["path"] is None):
+        raise ValueError("the image is null")
+    if encoded["bytes"] is not None:
+        return encoded["bytes"]
+    with xopen(encoded["path"], "rb") as file:
+        return file.read()
+
+
 def open_image(encoded: dict[str, Any] | None) -> Image.Image:
     """A PIL image, its pixels not yet read, of {"bytes", "path"}.
 
@@ -280,13 +290,7 @@ def open_image(encoded: dict[str, Any] | None) -> Image.Image:
         ValueError: for a null image, and for sides that `check_sides` refuses.
         Exception: what PIL and file systems raise, of nearly every kind, for what they cannot read.
     """
-    if encoded is None or (encoded["bytes"] is None and encoded["path"] is None):
-        raise ValueError("the image is null")
-    data = encoded["bytes"]
-    if data is None:
-        with xopen(encoded["path"], "rb") as file:
-            data = file.read()
-    image = Image.open(BytesIO(data))
+    image = Image.open(BytesIO(image_bytes(encoded)))
     check_sides(image.height, image.width)
     return image
 

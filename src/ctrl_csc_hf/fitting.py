@@ -1,6 +1,6 @@
 """A `LatentSampler` for the latents of a training set, in one pass over them."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -13,7 +13,13 @@ from .subspace import ClassMoments
 RESERVOIR = 10_000  # latents that the groups are sought in
 
 
-def fit_sampler(batches: Iterable[EncodedBatch], *, distortion: float = 0.5, seed: int = 0) -> LatentSampler:
+def fit_sampler(
+    batches: Iterable[EncodedBatch],
+    *,
+    distortion: float = 0.5,
+    seed: int = 0,
+    class_names: Sequence[str] | None = None,
+) -> LatentSampler:
     """A component for each class, or, of batches without labels, for each group that the coding length finds.
 
     Classes are counted, averaged and their second moments summed over all latents. Groups are sought by `segment` in a
@@ -24,6 +30,7 @@ def fit_sampler(batches: Iterable[EncodedBatch], *, distortion: float = 0.5, see
         batches: of latents, all with labels or none, as `encode_dataset` gives them.
         distortion: eps^2 of the coding length; classes need none.
         seed: of the reservoir and of the first groups.
+        class_names: what an error calls the classes; by default their numbers.
 
     Raises:
         ValueError: for no latents, labels in some batches only, a class of a single image, and groups that are all of a
@@ -40,6 +47,12 @@ def fit_sampler(batches: Iterable[EncodedBatch], *, distortion: float = 0.5, see
         received = "both" if labelled else "no latents"
         raise ValueError(f"batches must hold latents, all with labels or all without, got {received}")
     if labelled:
+        if small := moments.labels[moments.counts < 2].tolist():
+            names = [class_names[label] if class_names else label for label in small]
+            raise ValueError(
+                f"batches must hold at least 2 images of each class, got 1 of {names}: leave these classes out, give "
+                "them more images, or do without labels (--label_column none)"
+            )
         return LatentSampler.of_gaussians(moments.counts, moments.means, moments.covariances(), moments.labels)
     groups = segment(reservoir.latents, distortion=distortion, seed=seed)
     large = groups.bincount()[groups] > 1

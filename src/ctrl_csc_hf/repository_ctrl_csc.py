@@ -94,8 +94,8 @@ def save_repository(
 ) -> None:
     """Writes weights, configuration, image processor, sampler and the code of all into a folder.
 
-    The code is copied from where the classes are defined: the package, or the caches of remote code. Of another model
-    that the folder holds, card, figures, pictures and sampler are removed; files that are none of these stay.
+    The code is copied from where the classes are defined: the package, or the caches of remote code. What the
+    folder holds of another model is removed, see `remove_other_model`.
 
     Args:
         folder: is made if it does not exist.
@@ -111,9 +111,7 @@ def save_repository(
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"folder must be a folder or not exist, got {folder}")
     folder.mkdir(parents=True, exist_ok=True)
-    if (folder / "config.json").is_file() and not _holds_weights_of(model, folder):
-        for path in _records(folder):
-            path.unlink()
+    remove_other_model(folder, model)
     with TemporaryDirectory() as scratch:  # transformers writes the code of remote classes beside, too
         model.save_pretrained(scratch, **weights)
         image_processor.save_pretrained(scratch)
@@ -128,8 +126,8 @@ def save_repository(
         index = MODEL_INDEX | SAMPLER_INDEX
         sampler.save_pretrained(folder / SAMPLER)
         shutil.copyfile(inspect.getfile(type(sampler)), folder / SAMPLER / "sampling_ctrl_csc.py")
-    elif (folder / SAMPLER / "model.safetensors").is_file():
-        shutil.rmtree(folder / SAMPLER)
+    else:
+        _remove_sampler(folder)
     (folder / "model_index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
     this = Path(__file__)
     modules: dict[str, list[Any]] = {
@@ -142,6 +140,17 @@ def save_repository(
         for file in files:
             for source in (file, *get_relative_import_files(file)):
                 shutil.copyfile(source, folder / subfolder / Path(source).name)
+
+
+def remove_other_model(folder: Path, model: PreTrainedModel) -> None:
+    """Removes card, figures, pictures and sampler of a model that a folder holds, if its weights are not the model's.
+
+    Other files stay. To be called before the model is saved there.
+    """
+    if (folder / "config.json").is_file() and not _holds_weights_of(model, folder):
+        for path in _records(folder):
+            path.unlink()
+        _remove_sampler(folder)
 
 
 def copy_records(model: PreTrainedModel, name: str, folder: Path) -> None:
@@ -172,6 +181,11 @@ def copy_records(model: PreTrainedModel, name: str, folder: Path) -> None:
         target = folder / path.relative_to(source)
         target.parent.mkdir(exist_ok=True)
         shutil.copyfile(path, target)
+
+
+def _remove_sampler(folder: Path) -> None:
+    if (folder / SAMPLER / "model.safetensors").is_file():
+        shutil.rmtree(folder / SAMPLER)
 
 
 def _records(folder: Path) -> list[Path]:

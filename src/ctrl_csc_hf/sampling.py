@@ -53,9 +53,7 @@ class LatentSampler:
             ValueError: for a group of fewer than 2 latents: its samples would be a copy.
         """
         if counts.min() < 2:
-            group = int(counts.argmin())
-            name = f"component {group}" if labels is None else f"label {int(labels[group])}"
-            raise ValueError(f"counts must be at least 2, got {int(counts[group])} for {name}")
+            raise ValueError(f"counts must be at least 2, got {int(counts.min())} for component {int(counts.argmin())}")
         factors = [
             low_rank_factor(covariance, int(count)) for covariance, count in zip(covariances, counts, strict=True)
         ]

@@ -225,11 +225,25 @@ def _pil_pixels(image: Image.Image, name: str) -> np.ndarray:
                 f"{name} has mode {image.mode} and values in [{pixels.min()}, {pixels.max()}]: "
                 "they must be in [0, 65535]"
             )
-        return pixels.astype(np.uint16)
+        return np.where(pixels == image.info.get("transparency"), 65535, pixels).astype(np.uint16)
     if image.has_transparency_data:
+        if "transparency" in image.info:
+            image = image.copy()  # whose info is not the caller's
+            image.info["transparency"] = _transparent_color(image)
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     return np.asarray(image if image.mode == "RGB" else image.convert("RGB"))
+
+
+def _transparent_color(image: Image.Image) -> Any:
+    """The image's transparent colour in 8 bits, like its pixels; PIL keeps it in the 2, 4 or 16 bits of a PNG file."""
+    color = image.info["transparency"]
+    if image.mode == "RGB" and isinstance(color, tuple) and max(color) > 255:
+        return tuple(value >> 8 for value in color)  # of 16 bits, as PIL does with the pixels
+    if image.mode == "L" and isinstance(color, int):  # 2 bits give grey levels that are multiples of 85, 4 bits of 17
+        levels = np.flatnonzero(image.histogram())
+        return next((f * color for f in (85, 17) if f * color <= 255 and not (levels % f).any()), color)
+    return color
 
 
 def _channels_first(pixels: np.ndarray, name: str, layout: ChannelDimension | None) -> np.ndarray:

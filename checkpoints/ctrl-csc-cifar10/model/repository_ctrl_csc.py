@@ -94,7 +94,8 @@ def save_repository(
 ) -> None:
     """Writes weights, configuration, image processor, sampler and the code of all into a folder.
 
-    The code is copied from where the classes are defined: the package, or the caches of remote code.
+    The code is copied from where the classes are defined: the package, or the caches of remote code. What the
+    folder holds of another model is removed, see `remove_other_model`.
 
     Args:
         folder: is made if it does not exist.
@@ -110,6 +111,7 @@ def save_repository(
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"folder must be a folder or not exist, got {folder}")
     folder.mkdir(parents=True, exist_ok=True)
+    remove_other_model(folder, model)
     with TemporaryDirectory() as scratch:  # transformers writes the code of remote classes beside, too
         model.save_pretrained(scratch, **weights)
         image_processor.save_pretrained(scratch)
@@ -124,6 +126,8 @@ def save_repository(
         index = MODEL_INDEX | SAMPLER_INDEX
         sampler.save_pretrained(folder / SAMPLER)
         shutil.copyfile(inspect.getfile(type(sampler)), folder / SAMPLER / "sampling_ctrl_csc.py")
+    else:
+        _remove_sampler(folder)
     (folder / "model_index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
     this = Path(__file__)
     modules: dict[str, list[Any]] = {
@@ -136,6 +140,17 @@ def save_repository(
         for file in files:
             for source in (file, *get_relative_import_files(file)):
                 shutil.copyfile(source, folder / subfolder / Path(source).name)
+
+
+def remove_other_model(folder: Path, model: PreTrainedModel) -> None:
+    """Removes card, figures, pictures and sampler of a model that a folder holds, if its weights are not the model's.
+
+    Other files stay. To be called before the model is saved there.
+    """
+    if (folder / "config.json").is_file() and not _holds_weights_of(model, folder):
+        for path in _records(folder):
+            path.unlink()
+        _remove_sampler(folder)
 
 
 def copy_records(model: PreTrainedModel, name: str, folder: Path) -> None:
@@ -159,15 +174,34 @@ def copy_records(model: PreTrainedModel, name: str, folder: Path) -> None:
         return
     if not (source / "README.md").is_file() or source.resolve() == folder.resolve():
         return
-    original = type(model).from_pretrained(model.name_or_path, revision=revision).state_dict()
-    state = model.state_dict()
-    if any(not torch.equal(tensor.cpu(), original[key].to(tensor.dtype)) for key, tensor in state.items()):
+    if not _holds_weights_of(model, model.name_or_path, revision):
         logger.warning("the card and the figures of %s are not saved with the model: its weights are others", name)
         return
-    for path in (path for pattern in RECORDS for path in source.glob(pattern)):
+    for path in _records(source):
         target = folder / path.relative_to(source)
         target.parent.mkdir(exist_ok=True)
         shutil.copyfile(path, target)
+
+
+def _remove_sampler(folder: Path) -> None:
+    if (folder / SAMPLER / "model.safetensors").is_file():
+        shutil.rmtree(folder / SAMPLER)
+
+
+def _records(folder: Path) -> list[Path]:
+    return [path for pattern in RECORDS for path in folder.glob(pattern)]
+
+
+def _holds_weights_of(model: PreTrainedModel, name: str | Path, revision: str | None = None) -> bool:
+    """Whether a folder or a Hub repository holds the weights that the model has."""
+    try:
+        saved = type(model).from_pretrained(name, revision=revision).state_dict()
+    except (OSError, RuntimeError, ValueError):  # no model, or one of another kind
+        return False
+    state = model.state_dict()
+    return saved.keys() == state.keys() and all(
+        torch.equal(tensor.cpu(), saved[key].to(tensor.dtype)) for key, tensor in state.items()
+    )
 
 
 def _add_to_json(path: Path, entries: dict[str, Any]) -> None:
