@@ -7,9 +7,11 @@ BIN := .venv/bin
 demo: .venv/.installed
 	$(BIN)/python training/demo.py
 
-# Times this package against its rivals and writes benchmarks/results.json; docs/performance.md says more.
+# Times this package against its rivals and a step against that of an earlier commit; docs/performance.md says more.
+AGAINST ?= HEAD~1
 bench: .venv/.installed
 	$(BIN)/python benchmarks/bench.py $(BENCH)
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/step_times.py --repeats 9 --against $(AGAINST)
 
 test: lint
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder
