@@ -17,7 +17,7 @@ from accelerate import Accelerator
 from accelerate.utils import ProjectConfiguration, set_seed
 from augmentation import augment
 from collapse import COLLAPSED, CollapseWatch, largest_rate
-from data import ImageSource, identify, load_splits, take_images, to_pixel_values
+from data import HELD_OUT_SPLITS, ImageSource, identify, load_splits, take_images, to_pixel_values
 from diffusers.training_utils import EMAModel
 from ema import CALIBRATION_IMAGES, averaged_model, recompute_statistics
 from huggingface_hub import HfApi
@@ -48,8 +48,6 @@ from ctrl_csc_hf.hub import publication_terms, publish
 from ctrl_csc_hf.rate_reduction import SMALL_CLASS
 
 logger = logging.getLogger(__name__)
-
-HELD_OUT_SPLITS = ("validation", "valid", "val", "dev", "test")  # in this order, where none is named
 
 
 def main(settings: TrainingSettings, config: CtrlCscConfig) -> Path:
