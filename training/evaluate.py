@@ -15,6 +15,9 @@ in nats, of unit vectors, so they are left out where latents are none. "unseen" 
 drawn uniformly from their splits, in random order, by the seed.
 """
 
+if __name__ == "__main__":
+    import startup  # noqa: F401
+
 import hashlib
 import json
 import logging

@@ -4,6 +4,9 @@ This file is the algorithm; settings.py holds the settings, data.py the images a
 average of the weights, run.py what a run keeps. `--help` lists the settings.
 """
 
+if __name__ == "__main__":
+    import startup  # noqa: F401
+
 import logging
 import os
 import sys
