@@ -15,6 +15,8 @@ from PIL import Image
 from sklearn.decomposition import PCA
 from transformers import ResNetConfig, ResNetForImageClassification
 
+from ctrl_csc_hf import CtrlCscConfig, CtrlCscModel
+
 
 @pytest.fixture
 def evaluate() -> ModuleType:
@@ -149,11 +151,12 @@ def test_the_nearest_training_images_of_training_images_are_themselves(
     torch.testing.assert_close(cosines, expected, atol=1e-5, rtol=0)
 
 
-def labelled(folder: Path, labels: list[int]) -> str:
-    """Noise as Parquet files, splits train and test, with integer labels that are no ClassLabel."""
-    rows = {"image": [random_image(index, (16, 16)) for index in range(len(labels))], "label": labels}
+def labelled(folder: Path, labels: list[int], kind: str = "") -> str:
+    """Noise of its kind as Parquet files, splits train and test, with integer labels that are no ClassLabel."""
+    first = len(kind) * 1000
     features = datasets.Features({"image": datasets.Image(), "label": datasets.Value("int64")})
-    for split in ("train", "test"):
+    for start, split in ((first, "train"), (first + len(labels), "test")):
+        rows = {"image": [random_image(start + index, (16, 16)) for index in range(len(labels))], "label": labels}
         datasets.Dataset.from_dict(rows, features).to_parquet(folder / f"{split}.parquet")
     return str(folder)
 
@@ -181,12 +184,110 @@ def test_integer_labels_are_probed_and_missing_ones_are_told(
 
 @pytest.mark.parametrize("split", [None, "train"])
 def test_of_a_split_that_is_fitted_other_images_are_measured_on(
-    evaluate: ModuleType, settings: Callable[..., Any], split: str | None
+    evaluate: ModuleType, settings: Callable[..., Any], split: str | None, tmp_path: Path
 ) -> None:
-    images = evaluate.load_data(settings(model="", split=split, num_images=5), 16)
+    images = evaluate.load_data(settings(model=str(tmp_path), split=split, num_images=5), 16)
     fitted = torch.cat(list(evaluate.training_batches(images, 16, torch.device("cpu"))))
     assert len(images.test) == 5 and len(fitted) == 75
     assert torch.cdist(fitted.flatten(1), images.test.flatten(1)).min() > 0.1
+
+
+def written(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
+
+
+def test_a_card_reads_figures_of_the_training_data_or_of_data_with_an_id_and_shows_held_out_images(
+    evaluate: ModuleType,
+    settings: Callable[..., Any],
+    train: Callable[..., Path],
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    capsys: pytest.CaptureFixture,
+) -> None:
+    ours, theirs = (labelled(tmp_path / name, [index % 3 for index in range(30)], name) for name in ("ours", "theirs"))
+    model = train("--max_train_steps", "1", data=Path(ours))
+    before, grid = written(model), (model / "reconstructions.png").read_bytes()
+
+    evaluate.main(settings(model=str(model), train_data_dir=theirs, output_dir=str(model)))
+    assert written(model) == before and (model / "reconstructions.png").read_bytes() == grid
+    assert written(model / "evaluation")["figures"] and (model / "evaluation" / "reconstructions.png").exists()
+    assert "the model's metrics.json stays as it is" in capsys.readouterr().out
+
+    for options, recorded, held_out in (
+        ({"train_data_dir": ours}, True, True),
+        ({"train_data_dir": ours, "split": "train"}, True, False),
+        ({"train_data_dir": theirs}, False, False),
+        ({"train_data_dir": theirs, "hub_dataset_id": "org/theirs"}, True, False),
+    ):
+        images = evaluate.load_data(settings(model=str(model), **options), 16)
+        assert (images.recorded, images.held_out) == (recorded, held_out)
+        was_said = "The model was trained on all images of the split 'train'" in caplog.text
+        assert was_said == (options.get("split") == "train")
+        caplog.clear()
+
+
+def test_the_part_held_out_in_training_is_measured_whatever_the_labels_of_the_probe(
+    evaluate: ModuleType, settings: Callable[..., Any], train: Callable[..., Path], tmp_path: Path
+) -> None:
+    for index in range(40):  # 30 classes of one image, which only a run without labels holds out
+        path = tmp_path / "data" / f"class{min(index, 30)}" / f"{index}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        random_image(index, (16, 16)).save(path)
+    data = tmp_path / "data"
+    model = train("--max_train_steps", "1", "--label_column", "none", data=data)
+    images = evaluate.load_data(settings(model=str(model), train_data_dir=str(data)), 16)
+    held_out = sorted(np.asarray(Image.open(path)).tobytes() for path in (model / "examples").glob("*.png"))
+    measured = ((images.test + 1) * 127.5).round().byte().permute(0, 2, 3, 1).numpy()
+    assert held_out == sorted(np.ascontiguousarray(image).tobytes() for image in measured) and len(held_out) == 4
+    assert images.held_out and images.probed is not None
+
+
+def test_a_folder_holds_the_figures_of_one_model(
+    evaluate: ModuleType, settings: Callable[..., Any], tmp_path: Path
+) -> None:
+    configuration = CtrlCscConfig(image_size=8)
+    first, second = (evaluate.digest_of(CtrlCscModel(configuration)) for _ in range(2))
+    images = evaluate.load_data(settings(model=str(tmp_path)), 8)
+    results = {"CTRL-CSC": {"psnr": 1.0}, "mean image": {"psnr": 0.0}}
+    for digest, dataset, expected in (
+        (first, "org/a", {"org/a"}),
+        (first, "org/b", {"org/a", "org/b"}),
+        (second, "org/c", {"org/c"}),
+    ):
+        given = settings(model="any", hub_dataset_id=dataset)
+        evaluate.write_metrics(tmp_path / "metrics.json", given, results, images, 0, None, digest)
+        assert {figure["dataset"] for figure in written(tmp_path)["figures"]} == expected
+
+
+@pytest.mark.parametrize(
+    ("training", "test", "reason"),
+    [
+        ([10**9 + index % 3 for index in range(30)], None, None),
+        ([2**63 - 9 + index % 2 for index in range(30)], [2**63 - 1] * 30, None),
+        ([-1] * 15 + [0, 1, 2] * 5, [0, 1, 2] * 10, "label_column='label' holds -1"),
+        ([None] * 15 + [0, 1, 2] * 5, [0, 1, 2] * 10, "label_column='label' holds null"),
+        ([7] * 30, None, "label_column='label' holds no value but 7"),
+    ],
+)
+def test_any_integers_are_classes_and_what_cannot_be_probed_is_told(
+    training: list[int | None], test: list[int | None] | None, reason: str | None
+) -> None:
+    from data import number_classes
+
+    test = test or training
+    if reason is not None:
+        with pytest.raises(ValueError, match=f"{reason}$"):
+            number_classes("label", test, training)
+    else:
+        values, (first, second) = number_classes("label", test, training)
+        assert values == sorted({*training, *test})
+        assert [values[place] for place in first] == test and [values[place] for place in second] == training
+
+
+@pytest.mark.parametrize("name", ["num_images", "num_frechet_images", "num_probe_images", "feature_size"])
+def test_numbers_below_one_are_refused(settings: Callable[..., Any], name: str) -> None:
+    with pytest.raises(ValueError, match=f"{name} must be at least 1, got 0"):
+        settings(model="any", **{name: 0})
 
 
 def test_figures_are_not_written_into_the_folder_of_another_model(

@@ -41,6 +41,7 @@ datasets.config.SLEEP_TIME_ON_THREADS_SHUTDOWN = 0
 
 Augmentation = Literal["none", "flip", "crop_and_flip"]
 
+HELD_OUT_SPLITS = ("validation", "valid", "val", "dev", "test")  # of train.py, in this order, where none is named
 AUGMENTATIONS = ("none", "flip", "crop_and_flip")
 RESAMPLE = CtrlCscImageProcessor.resample
 IDENTIFYING = 32  # images, at most, whose contents tell a data set from others
@@ -62,7 +63,7 @@ class ImageSource:
         cache_dir: where `datasets` keeps what it prepares.
 
     Raises:
-        ValueError: if there is neither `dataset_name` nor `train_data_dir`.
+        ValueError: if there is neither `dataset_name` nor `train_data_dir`, and if the latter is no folder.
     """
 
     dataset_name: str | None = None
@@ -77,6 +78,8 @@ class ImageSource:
     def __post_init__(self) -> None:
         if self.dataset_name is None and self.train_data_dir is None:
             raise ValueError("dataset_name or train_data_dir must be given, got neither")
+        if self.dataset_name is None and not Path(self.train_data_dir).is_dir():
+            raise ValueError(f"train_data_dir must be a folder, got {self.train_data_dir!r}")
 
     @property
     def place(self) -> str:
@@ -84,14 +87,12 @@ class ImageSource:
         return self.dataset_name or self.train_data_dir
 
 
-def load_images(source: ImageSource) -> ImageDataset:
-    """The rows of a source, images not yet decoded.
+def load_images(source: ImageSource, *others: str | None) -> ImageDataset:
+    """The images and labels of a source, and its columns `others`; images not yet decoded.
 
     Raises:
-        ValueError: if a folder, split or column does not exist, or a column holds something else.
+        ValueError: if a split or column does not exist, or a column holds something else.
     """
-    if source.dataset_name is None and not Path(source.train_data_dir).is_dir():
-        raise ValueError(f"train_data_dir must be a folder, got {source.train_data_dir!r}")
     dataset = datasets.load_dataset(
         **find_data(source.place),
         name=source.dataset_config_name,
@@ -99,32 +100,52 @@ def load_images(source: ImageSource) -> ImageDataset:
         streaming=source.streaming,
         cache_dir=source.cache_dir,
     )
-    return undecoded(dataset, source.image_column, source.label_column)[0]
+    return undecoded(dataset, source.image_column, source.label_column, *others)[0]
+
+
+def find_held_out_split(source: ImageSource, validation_split: str | None, preferred: Sequence[str]) -> str:
+    """`validation_split`, or else the first of `preferred` that the source has, or else its own split."""
+    names = split_names(source)
+    return validation_split or next((name for name in preferred if name in names), source.split)
+
+
+def split_names(source: ImageSource) -> list[str]:
+    return datasets.get_dataset_split_names(**find_data(source.place), config_name=source.dataset_config_name)
 
 
 def load_splits(
-    source: ImageSource, validation_split: str | None, num_held_out: int, *, seed: int, preferred: Sequence[str]
+    source: ImageSource,
+    validation_split: str | None,
+    num_held_out: int,
+    *,
+    seed: int,
+    preferred: Sequence[str],
+    class_source: ImageSource | None = None,
 ) -> tuple[ImageDataset, ImageDataset, str]:
     """Training images, held-out images, and the name of the split that the latter are from.
 
     Args:
         source: of the training images.
-        validation_split: of the held-out images; by default the first of `preferred` that exists, or else the training
-            split. Of the training split a part is held out, see `hold_out`.
+        validation_split, preferred: see `find_held_out_split`. Of the training split a part is held out, see
+            `hold_out`.
         num_held_out: size of that part.
         seed: of that part.
+        class_source: whose column of labels decides that part; by default that of `source`.
 
     Raises:
         ValueError: see `load_images`, for a split that does not exist, and if both splits have images in common.
     """
-    images = load_images(source)
-    names = datasets.get_dataset_split_names(**find_data(source.place), config_name=source.dataset_config_name)
-    if validation_split is None:
-        validation_split = next((name for name in preferred if name in names), source.split)
+    validation_split = find_held_out_split(source, validation_split, preferred)
     if validation_split == source.split:
+        class_column = None
+        if class_source:
+            features = load_images(class_source).features
+            _, class_column = find_columns(features, class_source.image_column, class_source.label_column)
+        images = load_images(source, class_column)
         image_column, label_column = find_columns(images.features, source.image_column, source.label_column)
-        columns = {"image_column": image_column, "label_column": label_column}
+        columns = {"image_column": image_column, "label_column": class_column if class_source else label_column}
         return *hold_out(images, num_held_out, **columns, seed=seed), source.split
+    images, names = load_images(source), split_names(source)
     if unknown := set(re.split(r"\[.*?\]|\+", validation_split)) - {"", *names}:
         raise ValueError(f"the split of the held-out images must be one of {names}, got {sorted(unknown)}")
     infos = images.info.splits or {}
@@ -159,6 +180,23 @@ def identify(
                 digest.update(image_bytes(encoded))
         identity[f"digest of the first {kind} images"] = digest.hexdigest()
     return identity
+
+
+def number_classes(label_column: str, *parts: Sequence[int | None]) -> tuple[list[int], list[Tensor]]:
+    """The values of labels in order, and the labels of each part as their places among these, (n,), int64.
+
+    Raises:
+        ValueError: for labels that are null or negative, which stand for unknown ones, and if all are the same.
+    """
+    labels = [label for part in parts for label in part]
+    unknown = {label for label in labels if label is None or label < 0}
+    values = sorted({label for label in labels if label is not None})
+    if unknown:
+        raise ValueError(f"label_column={label_column!r} holds {'null' if None in unknown else values[0]}")
+    if len(values) < 2:
+        raise ValueError(f"label_column={label_column!r} holds no value but {values[0]}")
+    places = {value: place for place, value in enumerate(values)}
+    return values, [torch.tensor([places[label] for label in part]) for part in parts]
 
 
 def hub_id(dataset_name: str | None) -> str | None:

@@ -4,6 +4,9 @@ The digits become a local data set in Parquet, and train.py does the rest with t
 `python training/demo.py --folder DEMO` writes into another folder; all other flags go to train.py.
 """
 
+if __name__ == "__main__":
+    import startup  # noqa: F401
+
 import argparse
 import json
 import shutil

@@ -4,7 +4,8 @@
         --feature_model CLASSIFIER --rivals "ordinary convolutions=PATH" "squared error=PATH"
 
 PCA of the same d and the mean image, fitted on the training split, are always there. Prints a table; writes into
-OUTPUT_DIR metrics.json and pictures. The model card reads the model's figures where OUTPUT_DIR is the model's folder.
+OUTPUT_DIR metrics.json and pictures. The model card reads the model's figures where OUTPUT_DIR is the model's folder;
+there, figures of a local data set that the model was not trained on go into OUTPUT_DIR/evaluation.
 
 Definitions: PSNR is the mean over images of the clipped images' PSNR, in dB. match@n is the share of the first n
 images whose reconstruction's nearest latent, by cosine among those n, is their own (for PCA: among PCA's latents).
@@ -14,35 +15,45 @@ in nats, of unit vectors, so they are left out where latents are none. "unseen" 
 drawn uniformly from their splits, in random order, by the seed.
 """
 
+if __name__ == "__main__":
+    import startup  # noqa: F401
+
+import hashlib
 import json
 import logging
 from collections.abc import Iterator
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from textwrap import fill
 from typing import Any
 
+import numpy as np
 import torch
 from autoencoders import Autoencoder, autoencoder, diffusers_autoencoder, linear_rivals, load_model
 from data import (
+    HELD_OUT_SPLITS,
     ImageDataset,
     ImageSource,
+    decode,
+    find_held_out_split,
     hub_id,
     load_images,
     load_splits,
-    take_examples,
+    number_classes,
     take_images,
     to_pixel_values,
 )
-from run import GRID_IMAGES, SETTINGS, figure_records, one_line_errors, save_grid
+from huggingface_hub import hf_hub_download
+from run import GRID_IMAGES, SETTINGS, figure_records, one_line_errors, read_json, save_grid
 from settings import option
 from stream import ImageLoader, ImageStream
 from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import HfArgumentParser
 
-from ctrl_csc_hf.encoding import find_columns
+from ctrl_csc_hf import CtrlCscModel
+from ctrl_csc_hf.encoding import draw_images, find_columns
 from ctrl_csc_hf.metrics import (
     ClosedLoopConsistency,
     CodeSparsity,
@@ -115,28 +126,41 @@ class EvaluationSettings:
             )
         self.hub_dataset_id = hub_id(self.dataset_name) or self.hub_dataset_id
         self.unseen_hub_dataset_id = hub_id(self.unseen_dataset_name) or self.unseen_hub_dataset_id
-        output_dir = Path(self.output_dir)
-        if (output_dir / "config.json").exists() and output_dir.resolve() != Path(self.model).resolve():
+        for name in ("num_images", "num_frechet_images", "num_probe_images", "num_unseen_images", "feature_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)!r}")
+        if (Path(self.output_dir) / "config.json").exists() and not self.is_beside_model:
             raise ValueError(
                 f"output_dir must be the model's own folder or hold no model, got {self.output_dir!r}, which holds "
                 f"another model than {self.model!r}"
             )
+
+    @property
+    def is_beside_model(self) -> bool:
+        """Whether output_dir is the model's folder."""
+        return Path(self.output_dir).resolve() == Path(self.model).resolve()
 
 
 @dataclass(frozen=True)
 class Images:
     """What is measured on, and what rivals and probes are fitted on.
 
-    test: (n, 3, s, s), in random order; split: where it is from; labels: (n,) or None; training: the rows to fit on.
+    test: (n, 3, s, s), in random order; split: where it is from; training: the rows to fit on.
+    classes: values of the labels, in order; labels: (n,), places among these; probed: training images and their labels,
+        in the same form. None where there is no probe.
+    held_out: whether the test images are of the data set that the model was trained on, and no training images.
+    recorded: whether a card can tell the data set: the one of the training, or one with an id of its own on the Hub.
     """
 
     test: Tensor
     split: str
-    labels: Tensor | None
     training: ImageDataset
     image_column: str
-    label_column: str | None
-    num_classes: int | None
+    classes: list[int] | None
+    labels: Tensor | None
+    probed: tuple[Tensor, Tensor] | None
+    held_out: bool
+    recorded: bool
 
 
 @torch.inference_mode()
@@ -167,27 +191,28 @@ def main(settings: EvaluationSettings) -> dict[str, dict[str, Any]]:
     features = None
     if settings.feature_model:
         features = VisionFeatures(settings.feature_model, settings.feature_size, device)
-    probed = None
-    if images.num_classes:
-        probed = take_examples(
-            images.training, settings.num_probe_images, image_column=images.image_column, image_size=size,
-            label_column=images.label_column, seed=settings.seed,
-        )  # fmt: skip
-
     results: dict[str, dict[str, Any]] = {}
     for name, rival in autoencoders.items():
         figures = measure(rival, images.test, features, settings.num_frechet_images, device, name)
-        if probed is not None and name != "mean image":
-            figures |= probe(rival, probed, images, device)
+        if images.probed is not None and name != "mean image":
+            figures |= probe(rival, images, device)
         if unseen is not None:
             figures |= measure_unseen(rival, unseen, images.test[: len(unseen)], device)
         results[name] = figures
 
     output_dir = Path(settings.output_dir)
+    beside_model = settings.is_beside_model and images.recorded
+    if settings.is_beside_model and not images.recorded:
+        output_dir /= "evaluation"
+        print(
+            "This is not the data set that the model was trained on, and it has no id on the Hub of its own "
+            "(--hub_dataset_id) by which the model's card could name it: the model's metrics.json stays as it is"
+        )
     output_dir.mkdir(parents=True, exist_ok=True)
     num_unseen = 0 if unseen is None else len(unseen)
-    write_metrics(output_dir / "metrics.json", settings, results, images, num_unseen, features)
-    draw(output_dir, autoencoders, images, size, device)
+    digest = digest_of(models[MODEL])
+    write_metrics(output_dir / "metrics.json", settings, results, images, num_unseen, features, digest)
+    draw(output_dir, autoencoders, images, size, device, with_grid=images.held_out or not beside_model)
     print_table(results)
     print(f"Figures and pictures are in {output_dir}")
     return results
@@ -200,44 +225,89 @@ def named_path(rival: str) -> tuple[str, str]:
     return name, path
 
 
+def digest_of(model: CtrlCscModel) -> str:
+    """Tells a model's weights from others."""
+    digest = hashlib.blake2b(digest_size=16)
+    for name, tensor in model.state_dict().items():
+        digest.update(name.encode() + tensor.cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def training_settings(model: str) -> dict[str, Any]:
+    """What train.py wrote about the model's training; empty where nothing is known."""
+    path = Path(model, SETTINGS)
+    if not Path(model).exists():
+        with suppress(OSError, ValueError):  # there is none
+            path = Path(hf_hub_download(model, SETTINGS))
+    return read_json(path) if path.exists() else {}
+
+
+def is_training_data(settings: EvaluationSettings, trained_with: dict[str, Any]) -> bool:
+    """Whether the data set is the one of the model's training: of the same Hub id, or in the same local folder."""
+    if settings.dataset_config_name not in (None, trained_with.get("dataset_config_name")):
+        return False
+    if settings.hub_dataset_id and settings.hub_dataset_id == trained_with.get("hub_dataset_id"):
+        return True
+    here = settings.train_data_dir or settings.dataset_name
+    there = trained_with.get("train_data_dir") or trained_with.get("dataset_name")
+    return there is not None and Path(there).exists() and Path(here).resolve() == Path(there).resolve()
+
+
 def load_data(settings: EvaluationSettings, image_size: int) -> Images:
     """Images to measure on, and all others of the training split."""
-    path = Path(settings.model) / SETTINGS
-    trained_with = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    trained_with = training_settings(settings.model)
+    of_training_data = is_training_data(settings, trained_with)
+    recorded = of_training_data or settings.hub_dataset_id not in (None, trained_with.get("hub_dataset_id"))
+    if not of_training_data:
+        trained_with = {}
+    # Of the data set that the model was trained on, the same settings as train.py's hold out the same images.
     source = ImageSource(
         dataset_name=settings.dataset_name,
-        dataset_config_name=settings.dataset_config_name,
+        dataset_config_name=settings.dataset_config_name or trained_with.get("dataset_config_name"),
         train_data_dir=settings.train_data_dir,
-        split=settings.train_split,
+        split=trained_with.get("train_split", settings.train_split),
         streaming=trained_with.get("streaming", settings.dataset_name is not None),
-        image_column=settings.image_column,
+        image_column=settings.image_column or trained_with.get("image_column"),
         label_column=settings.label_column,
     )
-    # The same settings as train.py's hold out the same images.
     training, test, split = load_splits(
         source,
         settings.split,
         trained_with.get("num_validation_images", settings.num_images),
         seed=trained_with.get("seed", settings.seed),
         preferred=TEST_SPLITS,
+        class_source=replace(source, label_column=trained_with.get("label_column", settings.label_column)),
     )
-    image_column, label_column = find_columns(training.features, settings.image_column, settings.label_column)
-    pixels, labels = take_examples(
-        test,
-        settings.num_images,
-        image_column=image_column,
-        image_size=image_size,
-        label_column=label_column,
-        seed=settings.seed,
-    )
-    num_classes = None
-    if label_column is None:
+    held_out = of_training_data
+    if split == source.split:
+        held_out &= find_held_out_split(source, trained_with.get("validation_split"), HELD_OUT_SPLITS) == split
+        if of_training_data and not held_out:
+            logger.warning("The model was trained on all images of the split %r, also on those measured here", split)
+    image_column, label_column = find_columns(training.features, source.image_column, settings.label_column)
+
+    def draw_pixels(rows: ImageDataset, count: int) -> tuple[Tensor, list[int | None] | None]:
+        images, labels = draw_images(
+            rows,
+            count,
+            image_column=image_column,
+            label_column=label_column or "none",
+            seed=settings.seed,
+            read=lambda encoded: decode(encoded, image_size),
+        )
+        return to_pixel_values(torch.from_numpy(np.stack(images))), labels
+
+    pixels, labels = draw_pixels(test, settings.num_images)
+    classes, numbered, probed = None, None, None
+    if label_column is None or labels is None:
         logger.warning("There is no column of labels, so no probe: --label_column names one")
-    elif labels.min() < 0:
-        logger.warning("label_column=%r holds %d, so there is no probe", label_column, labels.min())
     else:
-        num_classes = getattr(training.features[label_column], "num_classes", None) or int(labels.max()) + 1
-    return Images(pixels, split, labels, training, image_column, label_column, num_classes)
+        probed_pixels, probed_labels = draw_pixels(training, settings.num_probe_images)
+        try:
+            classes, (numbered, probed_classes) = number_classes(label_column, labels, probed_labels)
+            probed = probed_pixels, probed_classes
+        except ValueError as error:
+            logger.warning("%s, so there is no probe", error)
+    return Images(pixels, split, training, image_column, classes, numbered, probed, held_out, recorded)
 
 
 def training_batches(images: Images, image_size: int, device: torch.device) -> Iterator[Tensor]:
@@ -307,13 +377,10 @@ def measure(
     return figures
 
 
-def probe(
-    rival: Autoencoder, training: tuple[Tensor, Tensor], images: Images, device: torch.device
-) -> dict[str, float]:
+def probe(rival: Autoencoder, images: Images, device: torch.device) -> dict[str, float]:
     """Accuracies of classifiers of the latents, learned from training images and their labels."""
-    num_classes = max(images.num_classes, int(training[1].max()) + 1)
-    statistic = LatentProbe(num_classes)
-    for x, y in zip(*(part.split(BATCH_SIZE) for part in training), strict=True):
+    statistic = LatentProbe(len(images.classes))
+    for x, y in zip(*(part.split(BATCH_SIZE) for part in images.probed), strict=True):
         statistic.fit_update(rival.encode(x.to(device)), y)
     for x, y in zip(images.test.split(BATCH_SIZE), images.labels.split(BATCH_SIZE), strict=True):
         statistic.update(rival.encode(x.to(device)), y)
@@ -344,8 +411,12 @@ def write_metrics(
     images: Images,
     num_unseen: int,
     features: VisionFeatures | None,
+    digest: str,
 ) -> None:
-    """Replaces the figures of the same data sets and splits, which the card reads, and all figures of all rivals."""
+    """Replaces the figures of the same data sets and splits, which the card reads, and all figures of all rivals.
+
+    No figure of another model stays, by the digest of its weights.
+    """
     ours = results[MODEL]
     measured = {
         "dataset": settings.hub_dataset_id,
@@ -365,10 +436,12 @@ def write_metrics(
         unseen = {name: ours[f"unseen_{name}"] for name in ("psnr", "match")}
         records += figure_records(unseen, **measured | {"num_images": num_unseen})
     replaced = {(record["dataset"], record["split"]) for record in records}
-    metrics = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    metrics = read_json(path) if path.exists() else {}
+    if metrics.get("evaluation", {"weights": digest}).get("weights") != digest:
+        metrics["figures"] = []
     kept = [figure for figure in metrics.get("figures", []) if (figure["dataset"], figure["split"]) not in replaced]
     numbers = {name: value for name, value in asdict(settings).items() if name.startswith("num_") or name == "seed"}
-    metrics |= {"figures": kept + records, "evaluation": numbers | {"results": results}}
+    metrics |= {"figures": kept + records, "evaluation": numbers | {"weights": digest, "results": results}}
     path.write_text(json.dumps(metrics, indent=2) + "\n", encoding="utf-8")
 
 
@@ -378,11 +451,13 @@ def draw(
     images: Images,
     image_size: int,
     device: torch.device,
+    with_grid: bool,
 ) -> None:
-    """reconstructions.png, rivals.png, neighbours.png and correlations.png."""
+    """rivals.png, neighbours.png, correlations.png and, with the grid, reconstructions.png."""
     ours = autoencoders[MODEL]
     shown = images.test[:GRID_IMAGES].to(device)
-    save_grid(output_dir / "reconstructions.png", shown.cpu(), ours.decode(ours.encode(shown)).cpu())
+    if with_grid:
+        save_grid(output_dir / "reconstructions.png", shown.cpu(), ours.decode(ours.encode(shown)).cpu())
 
     rows = {"test images": shown[:SHOWN]}
     rows |= {name: rival.decode(rival.encode(shown[:SHOWN])) for name, rival in autoencoders.items()}
@@ -403,7 +478,9 @@ def draw(
     x = images.test[:MAPPED].to(device)
     z = ours.encode(x)
     zh = ours.encode(ours.decode(z))
-    figure = correlation_map(z.cpu(), None if images.labels is None else images.labels[:MAPPED], zh.cpu())
+    labels = None if images.labels is None else images.labels[:MAPPED]
+    names = None if images.classes is None else list(map(str, images.classes))
+    figure = correlation_map(z.cpu(), labels, zh.cpu(), names)
     figure.savefig(output_dir / "correlations.png", dpi=120)
 
 

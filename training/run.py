@@ -357,6 +357,8 @@ def find_checkpoint(output_dir: Path, wanted: str) -> Path:
 @contextmanager
 def one_line_errors() -> Iterator[None]:
     """Ends a program with one line where Ctrl-C stopped it, or where something that it was given is wrong."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:  # of startup.py
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         yield
     except KeyboardInterrupt:

@@ -8,6 +8,9 @@ OUTPUT_DIR/results.jsonl; those that are there already are not run again. Prints
 games of the rows and seeds asked for into OUTPUT_DIR/curves.png.
 """
 
+if __name__ == "__main__":
+    import startup  # noqa: F401
+
 import argparse
 import json
 import subprocess

@@ -4,6 +4,9 @@ This file is the algorithm; settings.py holds the settings, data.py the images a
 average of the weights, run.py what a run keeps. `--help` lists the settings.
 """
 
+if __name__ == "__main__":
+    import startup  # noqa: F401
+
 import logging
 import os
 import sys
@@ -18,7 +21,7 @@ from accelerate import Accelerator
 from accelerate.utils import ProjectConfiguration, set_seed
 from augmentation import augment
 from collapse import COLLAPSED, CollapseWatch, largest_rate
-from data import ImageSource, identify, load_splits, take_images, to_pixel_values
+from data import HELD_OUT_SPLITS, ImageSource, identify, load_splits, take_images, to_pixel_values
 from ema import CALIBRATION_IMAGES, AverageOfWeights, evaluated_model, recompute_statistics
 from huggingface_hub import HfApi
 from run import (
@@ -53,7 +56,6 @@ logger = logging.getLogger(__name__)
 REFINED_STEPS = 10  # of a phase: the first ones move the dictionaries most, and one step of power iteration loses them
 # What the progress bar tells of a step
 SHOWN = {"loss": "loss", "rate_reduction": "dR", "rate": "R(Z)", "reconstructed_rate": "R(Zh)", "psnr": "PSNR (dB)"}
-HELD_OUT_SPLITS = ("validation", "valid", "val", "dev", "test")  # in this order, where none is named
 
 
 def main(settings: TrainingSettings, config: CtrlCscConfig) -> Path:

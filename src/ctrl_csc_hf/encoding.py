@@ -263,13 +263,17 @@ def find_columns(
 
 
 def undecoded(
-    dataset: ImageDataset, image_column: str | None, label_column: str | None
+    dataset: ImageDataset, image_column: str | None, label_column: str | None, *others: str | None
 ) -> tuple[ImageDataset, str, str | None]:
-    """The columns of images, as {"bytes", "path"}, and of labels alone, and their names; see `find_columns`."""
+    """The columns of images, as {"bytes", "path"}, of labels, and `others`, alone; the first two's names.
+
+    See `find_columns`.
+    """
     if dataset.features is None:  # a stream whose columns show in its first rows only
         dataset = dataset._resolve_features()
     image_column, label_column = find_columns(dataset.features, image_column, label_column)
-    dataset = dataset.select_columns([image_column] if label_column is None else [image_column, label_column])
+    kept = dict.fromkeys(name for name in (image_column, label_column, *others) if name is not None)
+    dataset = dataset.select_columns(list(kept))
     return dataset.cast_column(image_column, datasets.Image(decode=False)), image_column, label_column
 
 
