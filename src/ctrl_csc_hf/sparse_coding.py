@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, library, nn
 from torch.autograd.function import once_differentiable
+from torch.nn.grad import conv2d_weight
 
 STEP_FACTOR = 0.9  # of 1 / |A|^2, the largest step for which FISTA converges
 POWER_ITERATIONS_PER_CHECK = 8
@@ -256,7 +257,8 @@ class ConvolutionalSparseCoding(ConvolutionalDictionary):
         size = (signal.shape[-2], signal.shape[-1])
         if size != self.signal_size:
             self.update_operator_norm(size)
-        atoms, geometry = self.dictionary, (self.stride, self.padding, self._surplus(signal))
+        atoms: Tensor = self.dictionary
+        geometry = (self.stride, self.padding, self._surplus(signal))
         if self._in_blocks and signal.shape[0] > 0:  # all steps in blocks; the frame around the signal is not of it
             if known is not None or any(self._frame(self._surplus(signal))):
                 inside = torch.ones_like(signal[:1]) if known is None else known.to(atoms.dtype)
@@ -407,7 +409,7 @@ class _Fista:
 
     def atoms_gradient(self, signal: Tensor, codes: Tensor, shape: Sequence[int]) -> Tensor:
         """Of <A(codes), signal>, by atoms of this shape."""
-        return nn.grad.conv2d_weight(signal, shape, codes, self.stride, self.padding)
+        return conv2d_weight(signal, shape, codes, self.stride, self.padding)
 
     def of_shrinkage(self, gradient: Tensor, codes: Tensor) -> Tensor:
         """The gradient before the proximal map, without its factor, from that of the codes behind it."""
