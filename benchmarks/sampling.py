@@ -24,7 +24,7 @@ from torch import Tensor
 from transformers import AutoModel, HfArgumentParser
 
 from ctrl_csc_hf import CtrlCscImageProcessor, CtrlCscModel, CtrlCscPipeline
-from ctrl_csc_hf.encoding import EncodedBatch, encode_dataset
+from ctrl_csc_hf.encoding import EncodedBatch, encode_dataset, find_data
 from ctrl_csc_hf.fitting import fit_sampler
 from ctrl_csc_hf.metrics import FeatureMoments, frechet_distance
 from ctrl_csc_hf.neighbours import nearest_images, neighbours_figure
@@ -101,7 +101,7 @@ def encoded(settings: Settings, split: str, model: CtrlCscModel, processor: Ctrl
     """Of a split, in random order: pixels (n, 3, H, W), uint8, latents (n, d) and labels (n,)."""
     path = Path(settings.cache_dir) / f"{split}.safetensors"
     if not path.exists():
-        dataset = datasets.load_dataset(settings.dataset_name, split=split, streaming=True)
+        dataset = datasets.load_dataset(**find_data(settings.dataset_name), split=split, streaming=True)
         parts = list(encode_dataset(dataset, model, processor, label_column=None, batch_size=BATCH_SIZE))
         path.parent.mkdir(parents=True, exist_ok=True)
         tensors = {

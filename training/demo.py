@@ -25,6 +25,7 @@ from torch import Tensor
 from train import main as train
 
 from ctrl_csc_hf import CtrlCscImageProcessor, CtrlCscModel
+from ctrl_csc_hf.encoding import find_data
 from ctrl_csc_hf.metrics import FeatureMoments, frechet_distance, peak_signal_to_noise_ratio
 from ctrl_csc_hf.visualization import reconstruction_grid
 
@@ -49,7 +50,7 @@ def write_digits(folder: Path) -> None:
 
 def read_digits(folder: Path, split: str) -> Tensor:
     """What `write_digits` wrote, as pixels in [-1, 1], (n, 3, 8, 8)."""
-    rows = datasets.load_dataset(str(folder), split=split, streaming=True)
+    rows = datasets.load_dataset(**find_data(str(folder)), split=split, streaming=True)
     pixels = np.stack([np.array(row["image"].convert("RGB")) for row in rows])
     return torch.from_numpy(pixels).permute(0, 3, 1, 2) / 127.5 - 1
 
