@@ -20,7 +20,7 @@ class BatchNorm(nn.Module):
 
     running_mean: Tensor
     running_var: Tensor
-    batch_statistics: tuple[Tensor, Tensor] | None = None  # mean and variance of the last batch, in training
+    batch_statistics: tuple[Tensor, Tensor] | None = None  # mean and 1 / deviation of the last batch, in training
     sum_over_processes: Callable[[Tensor], Tensor] | None = None
     eps = 1e-5
 
@@ -41,23 +41,23 @@ class BatchNorm(nn.Module):
     def forward(
         self, codes: Tensor, update_statistics: bool, statistics: tuple[Tensor, Tensor] | None = None
     ) -> Tensor:
-        """Normalises by the running statistics; in training by `statistics` (mean, variance), else by the batch's."""
+        """Normalises by the running statistics; in training by `statistics` of another batch, or by the batch's."""
         if self.training and statistics is None:
             if self.sum_over_processes is not None:
                 return self._normalize_over_processes(codes, update_statistics, self.sum_over_processes)
             return self._normalize_by_batch(codes, update_statistics)
-        mean, variance = statistics or (self.running_mean, self.running_var)
+        mean, variance = self.running_mean, self.running_var
+        if self.training and statistics is not None:
+            mean, variance = statistics[0], statistics[1].pow(-2) - self.eps
         return F.batch_norm(codes, mean, variance, self.weight, self.bias, eps=self.eps)
 
     def _normalize_by_batch(self, codes: Tensor, update_statistics: bool) -> Tensor:
-        # With a momentum of 1 these "running" statistics come out as the batch's: no second pass over the codes.
-        mean, variance = torch.zeros_like(self.running_mean), torch.zeros_like(self.running_var)
-        normalized = F.batch_norm(codes, mean, variance, self.weight, self.bias, True, 1.0, self.eps)
-        count = codes.numel() // codes.shape[1]
-        self.batch_statistics = (mean, variance * ((count - 1) / count))
-        if update_statistics:
-            self.running_mean.lerp_(mean, self.momentum)
-            self.running_var.lerp_(variance, self.momentum)
+        momentum = self.momentum if update_statistics else 0.0
+        # As F.batch_norm, which does not give the batch's statistics.
+        normalized, mean, inverse_deviation = torch.native_batch_norm(
+            codes, self.weight, self.bias, self.running_mean, self.running_var, True, momentum, self.eps
+        )
+        self.batch_statistics = (mean.detach(), inverse_deviation.detach())
         return normalized
 
     def _normalize_over_processes(
@@ -70,11 +70,11 @@ class BatchNorm(nn.Module):
         count, mean = sums[0], sums[1] / sums[0]
         variance = sums[2] / count - mean.square()
         dtype = self.running_var.dtype
-        self.batch_statistics = (mean.to(dtype), variance.to(dtype))
         if update_statistics:
             self.running_mean.lerp_(mean.to(dtype), self.momentum)
             self.running_var.lerp_((variance * count / (count - 1)).to(dtype), self.momentum)
         inverse_deviation = (variance + self.eps).rsqrt().to(dtype)
+        self.batch_statistics = (mean.to(dtype), inverse_deviation)
         return _NormalizeOverProcesses.apply(
             codes, self.batch_statistics[0], inverse_deviation, count[0].to(dtype), sum_over_processes
         ) * self.weight[:, None, None].to(codes.dtype) + self.bias[:, None, None].to(codes.dtype)

@@ -6,7 +6,6 @@ from huggingface_hub.dataclasses import strict
 from huggingface_hub.errors import StrictDataclassError
 from transformers import PreTrainedConfig
 
-GRADIENTS = ("unrolled", "implicit")
 DECODER_NORMALIZATIONS = ("batch_norm", "inverse")
 LARGEST_LAST_SIDE = 8
 
@@ -59,7 +58,6 @@ class _StrictCtrlCscConfig(PreTrainedConfig):
     sparsity: float | int = 0.02
     ridge: float | int = 0.0
     num_iterations: int = 8
-    gradient: str = "unrolled"
     denoising_sparsity: list[list[float | int]] | None = None
     share_dictionaries: bool = True
     decoder_normalization: str = "batch_norm"
@@ -82,8 +80,6 @@ class CtrlCscConfig(_StrictCtrlCscConfig):
         sparsity (`float`): lambda, the weight of |z|_1 in every sparse-coding stage.
         ridge (`float`): mu, the weight of |z|^2 / 2.
         num_iterations (`int`): FISTA steps of every sparse-coding stage.
-        gradient (`str`): of the codes. "unrolled", through the steps of FISTA, or "implicit", of the minimiser that
-            they approach: memory that does not grow with their number. It needs a ridge and enough iterations.
         denoising_sparsity (`list[list[float]]`, *optional*): pairs [noise_std, lambda], noise levels rising: the lambda
             that `CtrlCscPipeline.denoise` codes with at each level; its `calibrate_denoising` finds them. They change
             nothing else.
@@ -142,8 +138,6 @@ class CtrlCscConfig(_StrictCtrlCscConfig):
         for field in ("sparsity", "ridge"):
             value = getattr(self, field)
             _require(0 <= value < float("inf"), field, value, "a finite number of at least 0")
-        _require(self.gradient in GRADIENTS, "gradient", self.gradient, f"one of {GRADIENTS}")
-        _require(self.gradient == "unrolled" or self.ridge > 0, "ridge", self.ridge, "above 0 for gradient='implicit'")
         if self.denoising_sparsity is not None:
             pairs = self.denoising_sparsity
             finite = [len(pair) == 2 and 0 < pair[0] < float("inf") and 0 <= pair[1] < float("inf") for pair in pairs]

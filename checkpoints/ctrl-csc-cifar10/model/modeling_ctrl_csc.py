@@ -21,7 +21,7 @@ from transformers.utils.generic import can_return_tuple
 
 from .batch_norm import BatchNorm
 from .configuration_ctrl_csc import CtrlCscConfig
-from .sparse_coding import ConvolutionalDictionary, ConvolutionalSparseCoding
+from .sparse_coding import ConvolutionalDictionary, ConvolutionalSparseCoding, normalize_atoms
 
 LATENT_OFFSET = 1e-3  # added to a latent's first coordinate before it is scaled to unit length
 SMALLEST_GAMMA = 0.05  # of a batch norm that the decoder inverts
@@ -104,6 +104,7 @@ class CtrlCscPreTrainedModel(PreTrainedModel):
         on_device = [d for d in model.dictionaries() if d.dictionary.device.type != "meta"]
         if not all(dictionary.has_unit_atoms() for dictionary in on_device):
             model.project_parameters()
+            model.refine_operator_norms()
         return loaded
 
     def save_pretrained(
@@ -123,17 +124,26 @@ class CtrlCscPreTrainedModel(PreTrainedModel):
 
     @torch.no_grad()
     def project_parameters(self) -> None:
-        """Back to what the model requires of its parameters: unit atoms, operator norms that belong to them, and
-        batch norms that the decoder can invert. Call it after each optimiser step and each average of weights.
+        """Back to what the model requires of its parameters: unit atoms, operator norms that follow them, and batch
+        norms that the decoder can invert. Call it after each optimiser step; it makes no GPU wait.
         """
+        shared = {id(dictionary.dictionary): dictionary.dictionary for dictionary in self.dictionaries()}
+        normalize_atoms(list(shared.values()))
         for dictionary in self.dictionaries():
-            dictionary.normalize_atoms()
             if isinstance(dictionary, ConvolutionalSparseCoding):
-                dictionary.update_operator_norm()
+                dictionary.follow_operator_norm()
         if self.config.decoder_normalization == "inverse":
             for module in self.modules():
                 if isinstance(module, BatchNorm):
                     module.weight.clamp_(min=SMALLEST_GAMMA)
+
+    def refine_operator_norms(self) -> None:
+        """Operator norms to within 1%, whatever the dictionaries were before. Call it after training, and after each
+        average of weights, behind `project_parameters`.
+        """
+        for dictionary in self.dictionaries():
+            if isinstance(dictionary, ConvolutionalSparseCoding):
+                dictionary.update_operator_norm(warm=False)
 
     def share_statistics(self, sum_over_processes: Callable[[Tensor], Tensor] | None) -> None:
         """Makes every batch, in training, a part of one that lies on several processes; None ends it.
@@ -233,7 +243,6 @@ class CtrlCscEncoder(CtrlCscPreTrainedModel):
                 sparsity=config.sparsity,
                 ridge=config.ridge,
                 num_iterations=config.num_iterations,
-                gradient=config.gradient,
             )
             for shape in config.stage_shapes[:-1]
         ]
@@ -291,7 +300,7 @@ class CtrlCscEncoder(CtrlCscPreTrainedModel):
         output_hidden_states = self._wants_hidden_states(output_hidden_states)
         signal = pixel_values.to(self.dtype)
         all_codes: tuple[Tensor, ...] = ()
-        energy = signal.new_zeros(signal.shape[0])
+        energy = signal.new_zeros(signal.shape[0]) if output_energy else None
         for stage, norm in zip(self.stages, self.norms, strict=True):
             statistics = norm.batch_statistics if reuse_statistics and self.training else None
             run = partial(_encode_stage, stage, norm, statistics)
@@ -307,11 +316,11 @@ class CtrlCscEncoder(CtrlCscPreTrainedModel):
             energy = energy + (signal - synthesis).square().flatten(1).sum(dim=1) / 2
         latents, length = _unit_vectors(vector.flatten(1))
         if self.training and update_statistics:
-            lengths = length.to(self.latent_norm.dtype)
-            sums = torch.stack([lengths.sum(), torch.ones_like(lengths).sum()])
+            mean_length = length.mean()
             if self.sum_over_processes is not None:
-                sums = self.sum_over_processes(sums)
-            self.latent_norm.lerp_(sums[0] / sums[1], self.latent_norm_momentum)
+                sums = self.sum_over_processes(torch.stack([length.sum(), torch.ones_like(length).sum()]))
+                mean_length = sums[0] / sums[1]
+            self.latent_norm.lerp_(mean_length.to(self.latent_norm.dtype), self.latent_norm_momentum)
         latents = latents.to(self.dtype)
         return CtrlCscEncoderOutput(
             latents=latents,

@@ -7,22 +7,19 @@ synthesis. Dai et al., "Revisiting Sparse Convolutional Model for Visual Recogni
 """
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, library, nn
 from torch.autograd.function import once_differentiable
+from torch.nn.grad import conv2d_weight
 
 STEP_FACTOR = 0.9  # of 1 / |A|^2, the largest step for which FISTA converges
 POWER_ITERATIONS_PER_CHECK = 8
 MAX_POWER_ITERATIONS = 512
 MAX_PIXEL_CHANNELS = 4
-GRADIENTS = ("unrolled", "implicit")
-IMPLICIT_DISTANCE = 0.1  # of the codes from the minimiser, relative: up to it the implicit gradient is taken
-IMPLICIT_RESIDUAL = 1e-4  # of its linear system, relative
-MAX_CONJUGATE_GRADIENTS = 200
 
 
 class ConvolutionalDictionary(nn.Module):
@@ -76,26 +73,13 @@ class ConvolutionalDictionary(nn.Module):
         nn.init.normal_(self.dictionary)
         self.normalize_atoms()
 
-    @torch.no_grad()
     def normalize_atoms(self) -> None:
-        """Projects every atom onto the unit sphere; atoms that are unit up to rounding stay as they are, bit for bit.
-
-        An atom of norm zero, which has no direction, is left at zero.
-        """
-        norm = self._atom_norms()
-        scale = torch.where(self._is_unit(norm) | (norm == 0), 1.0, norm)[:, None, None, None]
-        precision = torch.promote_types(self.dictionary.dtype, torch.float32)
-        self.dictionary.copy_(self.dictionary.to(precision) / scale.to(precision))
+        """Projects every atom onto the unit sphere, see `normalize_atoms`."""
+        normalize_atoms([self.dictionary])
 
     def has_unit_atoms(self) -> bool:
         """Whether every atom has unit norm up to rounding in the dictionary's precision."""
-        return bool(self._is_unit(self._atom_norms()).all())
-
-    def _atom_norms(self) -> Tensor:
-        return torch.linalg.vector_norm(self.dictionary.detach(), dim=(1, 2, 3), dtype=torch.float64)
-
-    def _is_unit(self, norm: Tensor) -> Tensor:
-        return (norm - 1).abs() <= 8 * torch.finfo(self.dictionary.dtype).eps
+        return bool(_is_unit(_atom_norms(self.dictionary), self.dictionary.dtype).all())
 
     def adjoint(self, signal: Tensor) -> Tensor:
         """A*(x): signal (n, C_signal, H, W) -> (n, C_code, h, w), h = (H + 2 padding - k) // stride + 1."""
@@ -120,22 +104,22 @@ class ConvolutionalDictionary(nn.Module):
             )
         return self._superpose(codes, self.dictionary, surplus)
 
-    # Both maps, with any atoms. Convolutions of pixels, with their few channels, are slow; there, each stride x stride
-    # block of pixels becomes the channels of one, and the atoms likewise, which leaves a convolution of stride 1.
+    # Both maps, with any atoms, as plain convolutions. Those of pixels, with their few channels, are slow; there, each
+    # stride x stride block of pixels becomes the channels of one, and the atoms likewise: a convolution of stride 1.
 
-    def _correlate(self, signal: Tensor, atoms: Tensor, bias: Tensor | None = None) -> Tensor:
-        atoms = atoms.contiguous(memory_format=torch.channels_last)  # the codes' format is theirs, and the faster one
-        if not self._in_blocks or signal.shape[0] == 0:  # pixel_unshuffle leaves an empty batch as it is
-            return F.conv2d(signal, atoms, bias, self.stride, self.padding)
-        blocks = F.pixel_unshuffle(F.pad(signal, self._frame(self._surplus(signal))), self.stride)
-        return F.conv2d(blocks, F.pixel_unshuffle(atoms, self.stride), bias)
+    def _correlate(self, signal: Tensor, atoms: Tensor) -> Tensor:
+        if self._in_blocks and signal.shape[0] > 0:  # pixel_unshuffle leaves an empty batch as it is
+            return F.conv2d(self._blocks(signal), F.pixel_unshuffle(atoms, self.stride))
+        return F.conv2d(signal, atoms, None, self.stride, self.padding)
 
     def _superpose(self, codes: Tensor, atoms: Tensor, surplus: list[int]) -> Tensor:
-        atoms = atoms.contiguous(memory_format=torch.channels_last)
-        if not self._in_blocks or codes.shape[0] == 0:
-            return F.conv_transpose2d(codes, atoms, None, self.stride, self.padding, surplus)
-        blocks = F.conv_transpose2d(codes, F.pixel_unshuffle(atoms, self.stride))
-        return F.pad(F.pixel_shuffle(blocks, self.stride), [-width for width in self._frame(surplus)])
+        if self._in_blocks and codes.shape[0] > 0:
+            blocks = F.conv_transpose2d(codes, F.pixel_unshuffle(atoms, self.stride))
+            return F.pad(F.pixel_shuffle(blocks, self.stride), [-width for width in self._frame(surplus)])
+        return F.conv_transpose2d(codes, atoms, None, self.stride, self.padding, surplus)
+
+    def _blocks(self, signal: Tensor) -> Tensor:
+        return F.pixel_unshuffle(F.pad(signal, self._frame(self._surplus(signal))), self.stride)
 
     @property
     def _in_blocks(self) -> bool:
@@ -150,6 +134,29 @@ class ConvolutionalDictionary(nn.Module):
         return [self.padding, self.padding - surplus[1], self.padding, self.padding - surplus[0]]
 
 
+@torch.no_grad()
+def normalize_atoms(dictionaries: Sequence[Tensor]) -> None:
+    """Projects every atom onto the unit sphere, in place; atoms that are unit up to rounding stay as they are.
+
+    Args:
+        dictionaries: each (C_code, C_signal, k, k), of one dtype. An atom of norm zero, which has no direction, is left
+            at zero.
+    """
+    norms = torch.cat([_atom_norms(dictionary) for dictionary in dictionaries])
+    scales = torch.where(_is_unit(norms, dictionaries[0].dtype) | (norms == 0), 1.0, norms)
+    for dictionary, scale in zip(dictionaries, scales.split([len(d) for d in dictionaries]), strict=True):
+        dictionary.div_(scale[:, None, None, None])
+
+
+def _atom_norms(dictionary: Tensor) -> Tensor:
+    precision = torch.float32 if dictionary.device.type == "mps" else torch.float64  # mps has no float64
+    return torch.linalg.vector_norm(dictionary.detach(), dim=(1, 2, 3), dtype=precision)
+
+
+def _is_unit(norms: Tensor, dtype: torch.dtype) -> Tensor:
+    return (norms - 1).abs() <= 8 * torch.finfo(dtype).eps
+
+
 class ConvolutionalSparseCoding(ConvolutionalDictionary):
     """A stage: codes z(x) = argmin lambda |z|_1 + mu/2 |z|^2 + 1/2 |x - A(z)|^2 by unrolled FISTA.
 
@@ -159,9 +166,6 @@ class ConvolutionalSparseCoding(ConvolutionalDictionary):
         ridge: mu, the weight of |z|^2 / 2.
         num_iterations: steps of FISTA from zero, each of size 0.9 / |A|^2.
         nonnegative: whether codes are restricted to z >= 0.
-        gradient: "unrolled" differentiates the steps of FISTA, and keeps them all in memory; "implicit" the
-            minimiser that they approach, in memory that does not grow with their number. It needs a ridge and codes
-            within 10% of the minimiser, and breaks the graph of torch.compile; call torch.export under torch.no_grad().
 
     Attributes:
         operator_norm: buffer, the largest singular value of A as an operator on signals of the size in
@@ -187,19 +191,13 @@ class ConvolutionalSparseCoding(ConvolutionalDictionary):
         ridge: float = 0.0,
         num_iterations: int = 2,
         nonnegative: bool = True,
-        gradient: str = "unrolled",
     ) -> None:
         _check_problem(sparsity, ridge, num_iterations)
-        if gradient not in GRADIENTS:
-            raise ValueError(f"gradient must be one of {GRADIENTS}, got {gradient!r}")
-        if gradient == "implicit" and ridge == 0:
-            raise ValueError("ridge must be above 0 for gradient='implicit', got 0: the system may be singular")
         super().__init__(signal_channels, code_channels, kernel_size, stride, padding)
         self.sparsity = sparsity
         self.ridge = ridge
         self.num_iterations = num_iterations
         self.nonnegative = nonnegative
-        self.gradient = gradient
         self.register_buffer("operator_norm", torch.zeros(()))
         self.register_buffer("singular_vector", torch.zeros(1, signal_channels, 0, 0))
         self.register_load_state_dict_pre_hook(_adopt_saved_signal_size)
@@ -207,7 +205,7 @@ class ConvolutionalSparseCoding(ConvolutionalDictionary):
     def extra_repr(self) -> str:
         return (
             f"{super().extra_repr()}, sparsity={self.sparsity}, ridge={self.ridge}, "
-            f"num_iterations={self.num_iterations}, nonnegative={self.nonnegative}, gradient={self.gradient!r}"
+            f"num_iterations={self.num_iterations}, nonnegative={self.nonnegative}"
         )
 
     def forward(self, signal: Tensor) -> Tensor:
@@ -216,14 +214,9 @@ class ConvolutionalSparseCoding(ConvolutionalDictionary):
     def encode(self, signal: Tensor) -> Tensor:
         """z(x): signal (n, C_signal, H, W) -> codes (n, C_code, h, w), h = (H + 2 padding - k) // stride + 1.
 
-        The gradient of FISTA is taken at the extrapolated point. No gradient flows through the step size.
-
-        Raises:
-            RuntimeError: for gradient="implicit", if the codes may be further from the minimiser than it allows; from
-                the backward pass, if conjugate gradients do not reach their residual.
+        Gradients go through the steps of FISTA, that of its data term at the extrapolated point. None flows through
+        the step size.
         """
-        if self.gradient == "implicit" and torch.is_grad_enabled():
-            return self._encode_implicitly(signal)
         return self.solve(signal)
 
     def solve(
@@ -264,56 +257,17 @@ class ConvolutionalSparseCoding(ConvolutionalDictionary):
         size = (signal.shape[-2], signal.shape[-1])
         if size != self.signal_size:
             self.update_operator_norm(size)
-        step = STEP_FACTOR / self.operator_norm.square()  # a tensor: reading its value would make a GPU wait
-        # The proximal map is that of `proximal`, but passes over the codes cost time: step size and shrinkage are part
-        # of the atoms here, the threshold of non-negative codes is a bias, and sums happen in place.
-        shrinkage = 1 / (1 + step * self.ridge)
-        threshold = shrinkage * step * sparsity
-        bias = -threshold.expand(self.code_channels) if self.nonnegative else None
-        dictionary = self.dictionary.contiguous(memory_format=torch.channels_last)
-        ascent, descent = shrinkage * step * dictionary, -dictionary
-
-        codes = self._shrink_(self._correlate(signal, ascent, bias), threshold)
-        momentum, previous = 1.0, codes  # t_1 = 1, so the second step has no momentum
-        for _ in range(num_iterations - 1):
-            next_momentum = (1 + (1 + 4 * momentum**2) ** 0.5) / 2
-            extrapolated = codes
-            if momentum > 1:
-                extrapolated = torch.lerp(previous, codes, 1 + (momentum - 1) / next_momentum)
-            residual = self._superpose(extrapolated, descent, self._surplus(signal)).add_(signal)
-            if known is not None:
-                residual = residual * known
-            kept = shrinkage * extrapolated if self.ridge else extrapolated
-            previous = codes
-            codes = self._shrink_(self._correlate(residual, ascent, bias).add_(kept), threshold)
-            momentum = next_momentum
-        return codes
-
-    def _encode_implicitly(self, signal: Tensor) -> Tensor:
-        """Codes z whose gradient is that of a fixed point, z = prox(z + step A*(x - A z)).
-
-        On the support S of z, A_S*(x - A_S z) - mu z - lambda sign(z) = 0. Its differential gives, for a gradient v of
-        the codes, u with (A_S* A_S + mu) u = v on S; x and A get the gradient of <u, A*(x - A z)> at fixed z and u.
-        """
-        with torch.autocast(signal.device.type, enabled=False):
-            signal = signal.to(self.dictionary.dtype)
-            with torch.no_grad():
-                codes = self.solve(signal)
-            correlation = self.adjoint(signal - self._superpose(codes, self.dictionary, self._surplus(signal)))
-            with torch.no_grad():
-                step = STEP_FACTOR / self.operator_norm.square()
-                moved = torch.linalg.vector_norm(self.proximal(codes + step * correlation, step) - codes)
-                # A step contracts distances by 1 / (1 + step mu) or more.
-                distance = moved * (1 + 1 / (step * self.ridge)) / torch.linalg.vector_norm(codes).clamp(min=1e-12)
-            if not distance <= IMPLICIT_DISTANCE:
-                raise RuntimeError(
-                    f"codes may be {distance.item():.2g} of their norm away from the minimiser, the implicit gradient "
-                    f"allows {IMPLICIT_DISTANCE}: raise num_iterations={self.num_iterations} or ridge={self.ridge}"
-                )
-            return _ImplicitGradient.apply(correlation, codes, self.dictionary.detach(), self)
-
-    def _shrink_(self, codes: Tensor, threshold: Tensor) -> Tensor:
-        return F.relu_(codes) if self.nonnegative else codes - codes.clamp(-threshold, threshold)
+        atoms: Tensor = self.dictionary
+        geometry = (self.stride, self.padding, self._surplus(signal))
+        if self._in_blocks and signal.shape[0] > 0:  # all steps in blocks; the frame around the signal is not of it
+            if known is not None or any(self._frame(self._surplus(signal))):
+                inside = torch.ones_like(signal[:1]) if known is None else known.to(atoms.dtype)
+                known = self._blocks(inside.expand(-1, self.signal_channels, -1, -1))
+            signal, atoms, geometry = self._blocks(signal), F.pixel_unshuffle(atoms, self.stride), (1, 0, [0, 0])
+        problem = (geometry, known, STEP_FACTOR * self.operator_norm.pow(-2), sparsity, self.ridge, self.nonnegative)
+        if torch.compiler.is_compiling() or not torch.is_grad_enabled():  # the compiler finds the gradient itself
+            return _Fista(atoms, *problem).run(signal, num_iterations)
+        return _Fista(atoms.detach(), *problem).run_differentiably(signal, atoms, num_iterations)
 
     def proximal(self, codes: Tensor, step: Tensor) -> Tensor:
         """argmin over z (z >= 0 where `nonnegative`) of step (lambda |z|_1 + mu/2 |z|^2) + 1/2 |z - codes|^2."""
@@ -336,7 +290,7 @@ class ConvolutionalSparseCoding(ConvolutionalDictionary):
 
     @torch.no_grad()
     def update_operator_norm(self, signal_size: tuple[int, int] | None = None, *, warm: bool = True) -> None:
-        """Refreshes `operator_norm` by power iteration on A A*. Call it after each change of the dictionary.
+        """Sets `operator_norm` to within 1%, by power iteration on A A* until it stands still.
 
         `encode` calls it whenever the signal's size changes.
 
@@ -350,12 +304,28 @@ class ConvolutionalSparseCoding(ConvolutionalDictionary):
         size = self.signal_size if signal_size is None else signal_size
         if 0 in size:
             raise ValueError(f"signal_size must be positive, got {size}: give a size, or encode a signal first")
+        start = self.singular_vector if warm and size == self.signal_size else self._chirp(size)
+        self._iterate(_power_iteration, start)
+
+    @torch.no_grad()
+    def follow_operator_norm(self) -> None:
+        """Brings `operator_norm` after the dictionary by one step of power iteration. Call it after each small change.
+
+        As spectral normalisation does (Miyato et al., ICLR 2018): singular vectors of a dictionary in training move
+        slowly. No value is read, so a GPU need not wait.
+        """
+        if 0 not in self.signal_size:
+            self._iterate(_power_steps, self.singular_vector)
+
+    def _iterate(self, method: Callable[..., tuple[Tensor, Tensor]], start: Tensor) -> None:
         # The step size decides whether FISTA converges: float32 or better, whatever the dictionary has.
-        dictionary = self.dictionary.to(torch.promote_types(self.dictionary.dtype, torch.float32))
-        vector = self.singular_vector if warm and size == self.signal_size else self._chirp(size)
-        norm, vector = _power_iteration(dictionary, vector.to(dictionary.dtype), self.stride, self.padding)
-        self.operator_norm = norm.to(self.operator_norm.dtype)
-        self.singular_vector = vector.to(self.singular_vector.dtype)
+        dictionary = self.dictionary.detach().to(torch.promote_types(self.dictionary.dtype, torch.float32))
+        norm, vector = method(dictionary, start.to(dictionary.dtype), self.stride, self.padding)
+        self.operator_norm.copy_(norm)  # in place, as a captured step reads and writes where it did
+        if vector.shape == self.singular_vector.shape:
+            self.singular_vector.copy_(vector)
+        else:
+            self.singular_vector = vector.to(self.singular_vector.dtype)
 
     def _chirp(self, size: tuple[int, int]) -> Tensor:
         """A start for the power iteration: holds every frequency, and leaves the random generator alone."""
@@ -371,49 +341,164 @@ def _check_problem(sparsity: float, ridge: float, num_iterations: int) -> None:
         raise ValueError(f"num_iterations must be at least 1, got {num_iterations!r}")
 
 
-class _ImplicitGradient(torch.autograd.Function):
-    """The codes, as a function of A*(x - A z); see `ConvolutionalSparseCoding._encode_implicitly`."""
+class _Fista:
+    """FISTA from zero, z_t = prox(y_t + step A*(M (x - A y_t))), and its gradient; A is one convolution here.
+
+    The proximal map is that of `ConvolutionalSparseCoding.proximal`, but passes over the codes cost time: step size and
+    shrinkage are part of the atoms, the threshold of non-negative codes is a bias, and sums happen in place.
+    """
+
+    def __init__(
+        self,
+        atoms: Tensor,
+        geometry: tuple[int, int, list[int]],
+        mask: Tensor | None,
+        step: Tensor,
+        sparsity: float,
+        ridge: float,
+        nonnegative: bool,
+    ) -> None:
+        device, self.dtype = atoms.device.type, atoms.dtype
+        if torch.is_autocast_enabled(device) and self.dtype != torch.float64:
+            self.dtype = torch.get_autocast_dtype(device)  # cast here, once, rather than in each step
+        self.stride, self.padding, self.surplus = geometry
+        self.mask = None if mask is None else mask.to(self.dtype)
+        self.nonnegative = nonnegative
+        self.shrinkage = 1 / (1 + step * ridge) if ridge else None
+        self.scale = step if self.shrinkage is None else self.shrinkage * step
+        self.threshold = (self.scale * -sparsity).to(self.dtype)  # below 0, as the bias of non-negative codes
+        self.bias = self.threshold.expand(len(atoms)) if nonnegative else None
+        # The codes' format is the atoms', and channels-last the faster one.
+        self.atoms = atoms.to(self.dtype, memory_format=torch.channels_last)
+        self.ascent = (self.scale * atoms).to(self.dtype, memory_format=torch.channels_last)
+
+    def run(self, signal: Tensor, num_iterations: int, trajectory: list[tuple[Tensor, ...]] | None = None) -> Tensor:
+        """z of the last step; the trajectory gets M (x - A y_t), z_t and, but for y_1 = 0, y_t of every step."""
+        residual = signal = signal.to(self.dtype)
+        previous = codes = self._shrink_(self.correlate(residual, self.ascent, self.bias))
+        if trajectory is not None:
+            trajectory.append((residual, codes))
+        for weight in _extrapolations(num_iterations):
+            point = codes if weight == 1 else torch.lerp(previous, codes, weight)
+            synthesis = self.superpose(point, self.atoms)
+            residual = signal - synthesis if self.mask is None else signal.addcmul(synthesis, self.mask, value=-1)
+            moved = self.correlate(residual, self.ascent, self.bias).add_(self.shrunk(point))
+            previous, codes = codes, self._shrink_(moved)
+            if trajectory is not None:
+                trajectory.append((residual, codes, point))
+        return codes
+
+    def run_differentiably(self, signal: Tensor, atoms: Tensor, num_iterations: int) -> Tensor:
+        """As `run`, with gradients of both arguments; the atoms' takes time only where a backward pass asks for it."""
+        trajectory: list[tuple[Tensor, ...]] = []
+        with torch.no_grad():
+            self.run(signal.detach(), num_iterations, trajectory)
+        residuals, codes = [step[0] for step in trajectory], [step[1] for step in trajectory]
+        points = [step[2] for step in trajectory[1:]]
+        link = _AtomsGradient.apply(self, atoms, *residuals, *points)
+        return _SignalGradient.apply(self, signal, link, *codes)
+
+    def correlate(self, signal: Tensor, atoms: Tensor, bias: Tensor | None = None) -> Tensor:
+        return F.conv2d(signal, atoms, bias, self.stride, self.padding)
+
+    def superpose(self, codes: Tensor, atoms: Tensor) -> Tensor:
+        return F.conv_transpose2d(codes, atoms, None, self.stride, self.padding, self.surplus)
+
+    def shrunk(self, codes: Tensor) -> Tensor:
+        return codes if self.shrinkage is None else codes * self.shrinkage.to(self.dtype)
+
+    def atoms_gradient(self, signal: Tensor, codes: Tensor, shape: Sequence[int]) -> Tensor:
+        """Of <A(codes), signal>, by atoms of this shape."""
+        return conv2d_weight(signal, shape, codes, self.stride, self.padding)
+
+    def of_shrinkage(self, gradient: Tensor, codes: Tensor) -> Tensor:
+        """The gradient before the proximal map, without its factor, from that of the codes behind it."""
+        return torch.ops.aten.threshold_backward(gradient, codes if self.nonnegative else codes.abs(), 0)
+
+    def _shrink_(self, codes: Tensor) -> Tensor:
+        return F.relu_(codes) if self.nonnegative else codes - codes.clamp(self.threshold, -self.threshold)
+
+
+def _extrapolations(num_iterations: int) -> list[float]:
+    """w_t in y_t = z_{t-2} + w_t (z_{t-1} - z_{t-2}), for t = 2, 3, ..., num_iterations; the first is 1."""
+    weights, momentum = [], 1.0
+    for _ in range(num_iterations - 1):
+        following = (1 + (1 + 4 * momentum**2) ** 0.5) / 2
+        weights.append(1 + (momentum - 1) / following)
+        momentum = following
+    return weights
+
+
+class _SignalGradient(torch.autograd.Function):
+    """The last codes as a function of the signal, at fixed atoms.
+
+    The gradients h_t of A*(...) + y_t and r_t of A(y_t) in each step are left with `fista`, for `_AtomsGradient`.
+    """
 
     @staticmethod
-    def forward(
-        ctx: Any, correlation: Tensor, codes: Tensor, dictionary: Tensor, stage: ConvolutionalSparseCoding
-    ) -> Tensor:
-        ctx.save_for_backward(codes, dictionary)
-        ctx.stage, ctx.size = stage, stage.signal_size
-        return codes.clone()
+    def forward(ctx: Any, fista: _Fista, signal: Tensor, link: Tensor, *codes: Tensor) -> Tensor:
+        ctx.fista = fista
+        ctx.save_for_backward(*codes)
+        return codes[-1]
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        codes, dictionary = ctx.saved_tensors
-        support = codes != 0
-        surplus = ctx.stage._surplus(codes.new_empty(0, 0, *ctx.size))
+        fista, codes = ctx.fista, ctx.saved_tensors
+        gradient, earlier = gradients[0], None  # of z_t, and the part of z_{t-1}'s that came by y_{t+1}
+        h, r, of_signal = [], [], None
+        for kept, weight in zip(codes[:0:-1], reversed(_extrapolations(len(codes))), strict=True):
+            h.append(fista.of_shrinkage(gradient, kept))
+            r.append(fista.superpose(h[-1], fista.ascent))
+            if fista.mask is not None:
+                r[-1] *= fista.mask
+            point = fista.shrunk(h[-1]) - fista.correlate(r[-1], fista.atoms)
+            gradient = point * weight if earlier is None else earlier.add_(point, alpha=weight)
+            earlier = None if weight == 1 else point.mul_(1 - weight)
+        h.append(fista.of_shrinkage(gradient, codes[0]))
+        if ctx.needs_input_grad[1]:
+            of_signal = fista.superpose(h[-1], fista.ascent)
+            for of_step in r:
+                of_signal += of_step
+        fista.shares = (h[::-1], r[::-1])
+        return None, of_signal, fista.threshold, *[None] * len(codes)
 
-        def operator(u: Tensor) -> Tensor:
-            synthesis = ctx.stage._superpose(u, dictionary, surplus)
-            return ctx.stage._correlate(synthesis, dictionary) * support + ctx.stage.ridge * u
 
-        return _conjugate_gradients(operator, gradients[0] * support), None, None, None
+class _AtomsGradient(torch.autograd.Function):
+    """A link to `_SignalGradient`, by which the backward pass comes here after it, and only for the atoms' gradient.
+
+    What a step adds to the codes is scale A*(R_t), and to the signal -A(y_t): bilinear, so their gradients h_t and r_t
+    give that of the atoms.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, fista: _Fista, atoms: Tensor, *trajectory: Tensor) -> Tensor:
+        ctx.fista, ctx.shape = fista, atoms.shape
+        ctx.save_for_backward(*trajectory)
+        return fista.threshold.view(())
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        fista, trajectory = ctx.fista, ctx.saved_tensors
+        (h, r), fista.shares = fista.shares, None
+        residuals, points = trajectory[: len(h)], trajectory[len(h) :]
+        of_atoms = fista.scale * fista.atoms_gradient(torch.cat(residuals), torch.cat(h), ctx.shape)
+        if points:
+            of_atoms -= fista.atoms_gradient(torch.cat(r), torch.cat(points), ctx.shape)
+        return None, of_atoms, *[None] * len(trajectory)
 
 
-def _conjugate_gradients(operator: Callable[[Tensor], Tensor], target: Tensor) -> Tensor:
-    """u with operator(u) = target up to `IMPLICIT_RESIDUAL` of its norm, for a positive definite operator."""
-    solution, residual = torch.zeros_like(target), target.clone()
-    direction, squared = residual.clone(), residual.square().sum()
-    goal = IMPLICIT_RESIDUAL**2 * squared
-    for _ in range(MAX_CONJUGATE_GRADIENTS):
-        if squared <= goal:
-            return solution
-        applied = operator(direction)
-        length = squared / (direction * applied).sum()
-        solution += length * direction
-        residual -= length * applied
-        previous, squared = squared, residual.square().sum()
-        direction = residual + squared / previous * direction
-    raise RuntimeError(
-        f"the implicit gradient's residual is {(squared / goal).sqrt() * IMPLICIT_RESIDUAL:.1e} after "
-        f"{MAX_CONJUGATE_GRADIENTS} conjugate gradients, {IMPLICIT_RESIDUAL} is needed: raise the ridge"
-    )
+def _power_steps(
+    dictionary: Tensor, vector: Tensor, stride: int, padding: int, steps: int = 1
+) -> tuple[Tensor, Tensor]:
+    """|A* v| for the unit vector v of the last step, and A A* v (1, C_signal, H, W)."""
+    surplus = [(side + 2 * padding - dictionary.shape[-1]) % stride for side in vector.shape[-2:]]
+    with torch.autocast(dictionary.device.type, enabled=False):
+        for _ in range(steps):
+            codes = F.conv2d(vector / torch.linalg.vector_norm(vector), dictionary, None, stride, padding)
+            vector = F.conv_transpose2d(codes, dictionary, None, stride, padding, surplus)
+        return torch.linalg.vector_norm(codes), vector
 
 
 # An operator of its own, so that torch.compile neither unrolls the iteration nor stumbles over its stopping rule.
@@ -422,17 +507,12 @@ def _conjugate_gradients(operator: Callable[[Tensor], Tensor], target: Tensor) -
 @library.custom_op(f"ctrl_csc_{hashlib.sha256(__name__.encode()).hexdigest()}::power_iteration", mutates_args=())
 def _power_iteration(dictionary: Tensor, vector: Tensor, stride: int, padding: int) -> tuple[Tensor, Tensor]:
     """Largest singular value of A, to within 1%, and A A* times its singular vector (1, C_signal, H, W)."""
-    surplus = [(side + 2 * padding - dictionary.shape[-1]) % stride for side in vector.shape[-2:]]
     norm = dictionary.new_zeros(())
-    with torch.autocast(dictionary.device.type, enabled=False):
-        for _ in range(MAX_POWER_ITERATIONS // POWER_ITERATIONS_PER_CHECK):
-            previous = norm
-            for _ in range(POWER_ITERATIONS_PER_CHECK):
-                codes = F.conv2d(vector / torch.linalg.vector_norm(vector), dictionary, None, stride, padding)
-                vector = F.conv_transpose2d(codes, dictionary, None, stride, padding, surplus)
-            norm = torch.linalg.vector_norm(codes)
-            if norm - previous <= 1.5e-4 * norm:
-                break
+    for _ in range(MAX_POWER_ITERATIONS // POWER_ITERATIONS_PER_CHECK):
+        previous = norm
+        norm, vector = _power_steps(dictionary, vector, stride, padding, POWER_ITERATIONS_PER_CHECK)
+        if norm - previous <= 1.5e-4 * norm:
+            break
     return norm, vector
 
 
