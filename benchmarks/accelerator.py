@@ -60,9 +60,10 @@ def throughput(bench: Bench) -> list[Row]:
 def _parts(bench: Bench, loop: ClosedLoop, images: torch.Tensor) -> dict[str, float]:
     """Shares of a bfloat16 step: the gradients of both players, and the optimisers with the projection."""
     gradients = partial(_autocast, bench, loop.backward, images)
+    projection = partial(loop.model.project_parameters, refine=False)
     gradients()
-    whole = bench.pair(gradients, loop.model.project_parameters)
-    step = bench.pair(partial(_autocast, bench, loop.step, images), loop.model.project_parameters)
+    whole = bench.pair(gradients, projection)
+    step = bench.pair(partial(_autocast, bench, loop.step, images), projection)
     return {
         "share of gradients": whole["ours_s"] / step["ours_s"],
         "share of projection": step["rival_s"] / step["ours_s"],

@@ -61,7 +61,7 @@ def two_phase_step(
         utility, _ = objective.utility(z, zh, labels)
         (sign * utility).backward()
         optimizer.step()
-    model.project_parameters()
+    model.project_parameters(refine=False)
 
 
 def with_plain_stages(model: CtrlCscModel) -> CtrlCscModel:

@@ -79,7 +79,7 @@ def main(arguments: list[str] | None = None) -> None:
             shape = (batch, config.num_channels, config.image_size, config.image_size)
             images = torch.rand(shape, device=options.device) * 2 - 1
             images = images.contiguous(memory_format=torch.channels_last)
-            steps = (partial(fit, images), partial(game, images), model.project_parameters)
+            steps = (partial(fit, images), partial(game, images), partial(model.project_parameters, refine=False))
             times = [f"{milliseconds(step, options.repeats, options.device):.1f}" for step in steps]
             print(f"| {name} | {batch} | {' | '.join(times)} |", flush=True)
 

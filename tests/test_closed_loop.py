@@ -427,7 +427,7 @@ def test_after_a_step_atoms_are_unit_and_norms_belong_to_them(shared, normalizat
     loop = ClosedLoop(model, settings, *(torch.optim.Adam(p, lr=0.3) for p in parameters), play=play)
     for _ in range(3):
         loop.step(batch(), LABELS)
-    model.refine_operator_norms()  # after steps of this size
+    model.project_parameters()  # refined, after steps of this size
     for dictionary in model.dictionaries():
         norms = dictionary.dictionary.detach().flatten(1).norm(dim=1)
         assert_close(norms, torch.ones_like(norms))

@@ -33,7 +33,7 @@ def smooth_images(count: int = 64) -> torch.Tensor:
 def descend(descent: Descent, images: torch.Tensor, steps: int | None = None, precision: str = "no") -> None:
     """The steps that are left, or `steps` of them."""
     for _ in range(descent.steps - descent.done if steps is None else steps):
-        descent.model.refine_operator_norms()
+        descent.model.project_parameters()
         descent.advance()
         with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
             descent.step(images)

@@ -58,8 +58,7 @@ def evaluated_model(
     evaluated = copy.deepcopy(model)
     if average is not None:
         average.copy_to(evaluated.parameters())
-        evaluated.project_parameters()
-    evaluated.refine_operator_norms()
+    evaluated.project_parameters()
     if average is not None:
         recompute_statistics(evaluated, images, batch_size)
     return evaluated.eval()

@@ -228,7 +228,7 @@ def main(settings: TrainingSettings, config: CtrlCscConfig) -> Path:
                     accelerator.print(f"Stopped; go on with --resume_from_checkpoint {checkpoint}")
                     sys.exit(stop.exit_code)
                 if history.step < until - steps + REFINED_STEPS:
-                    model.refine_operator_norms()
+                    model.project_parameters()
                 figures.keep(history.step + 1, step(next(batches)))
                 history.step += 1
                 progress.update()

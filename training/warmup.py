@@ -69,7 +69,7 @@ class Descent:
         sum_gradients(self._parameters)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        self.model.project_parameters()
+        self.model.project_parameters(refine=False)
         torch.clear_autocast_cache()  # which holds the weights of before, for as long as its context lasts
         return {"loss": sum_over_processes(mean_loss.detach())}
 

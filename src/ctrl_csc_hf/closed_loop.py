@@ -278,7 +278,7 @@ class ClosedLoop:
         for optimizer in self.optimizers:  # a parameter without gradient stays, its moments too
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-        self.model.project_parameters()
+        self.model.project_parameters(refine=False)
         torch.clear_autocast_cache()  # which holds the weights of before, for as long as its context lasts
 
     @torch.no_grad()

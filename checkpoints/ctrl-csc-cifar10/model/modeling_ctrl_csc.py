@@ -104,7 +104,6 @@ class CtrlCscPreTrainedModel(PreTrainedModel):
         on_device = [d for d in model.dictionaries() if d.dictionary.device.type != "meta"]
         if not all(dictionary.has_unit_atoms() for dictionary in on_device):
             model.project_parameters()
-            model.refine_operator_norms()
         return loaded
 
     def save_pretrained(
@@ -123,27 +122,26 @@ class CtrlCscPreTrainedModel(PreTrainedModel):
         return (module for module in self.modules() if isinstance(module, ConvolutionalDictionary))
 
     @torch.no_grad()
-    def project_parameters(self) -> None:
-        """Back to what the model requires of its parameters: unit atoms, operator norms that follow them, and batch
-        norms that the decoder can invert. Call it after each optimiser step; it makes no GPU wait.
+    def project_parameters(self, *, refine: bool = True) -> None:
+        """Back to what the model requires of its parameters: unit atoms, operator norms that belong to them, and
+        batch norms that the decoder can invert. Call it after each optimiser step and each average of weights.
+
+        Args:
+            refine: whether operator norms are found to within 1%, whatever the change. False lets them follow a small
+                one by one step of power iteration, which makes no GPU wait; the first steps of training are not small.
         """
         shared = {id(dictionary.dictionary): dictionary.dictionary for dictionary in self.dictionaries()}
         normalize_atoms(list(shared.values()))
         for dictionary in self.dictionaries():
             if isinstance(dictionary, ConvolutionalSparseCoding):
-                dictionary.follow_operator_norm()
+                if refine:
+                    dictionary.update_operator_norm(warm=False)
+                else:
+                    dictionary.follow_operator_norm()
         if self.config.decoder_normalization == "inverse":
             for module in self.modules():
                 if isinstance(module, BatchNorm):
                     module.weight.clamp_(min=SMALLEST_GAMMA)
-
-    def refine_operator_norms(self) -> None:
-        """Operator norms to within 1%, whatever the dictionaries were before. Call it after training, and after each
-        average of weights, behind `project_parameters`.
-        """
-        for dictionary in self.dictionaries():
-            if isinstance(dictionary, ConvolutionalSparseCoding):
-                dictionary.update_operator_norm(warm=False)
 
     def share_statistics(self, sum_over_processes: Callable[[Tensor], Tensor] | None) -> None:
         """Makes every batch, in training, a part of one that lies on several processes; None ends it.
