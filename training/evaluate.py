@@ -28,15 +28,15 @@ from autoencoders import Autoencoder, autoencoder, diffusers_autoencoder, linear
 from data import (
     ImageDataset,
     ImageSource,
-    hub_id,
     load_images,
     load_splits,
     take_examples,
     take_images,
     to_pixel_values,
 )
-from run import GRID_IMAGES, SETTINGS, figure_records, one_line_errors, save_grid
-from settings import option
+from ema import GRID_IMAGES
+from run import SETTINGS, figure_records, one_line_errors, save_grid
+from settings import hub_id, option
 from stream import ImageLoader, ImageStream
 from torch import Tensor
 from tqdm.auto import tqdm
