@@ -14,15 +14,15 @@ import copy
 import gc
 import json
 import multiprocessing
-import os
 import re
 import sys
 import time
 import traceback
 from collections.abc import Callable
+from contextlib import redirect_stderr, redirect_stdout
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 
@@ -47,6 +47,9 @@ from ctrl_csc_hf.closed_loop import player_parameters
 from ctrl_csc_hf.presets import load_preset
 
 ROOT = Path(__file__).resolve().parents[1]
+Figures: TypeAlias = dict[str, Any]  # of a row, by name; a row's function fills it, so what it had stays if it fails
+Plan: TypeAlias = dict[str, Callable[[Figures], None]]  # the functions by row
+
 GPU = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if GPU else "cpu")
 GOAL = 4  # times the speed of the two-phase step
@@ -72,11 +75,11 @@ class Results:
         folder.mkdir(parents=True, exist_ok=True)
         self.folder, self.file = folder, folder / "gpu.jsonl"
 
-    def rows(self, piece: str) -> dict[str, dict[str, Any]]:
+    def rows(self, piece: str) -> dict[str, Figures]:
         lines = self.file.read_text(encoding="utf-8").splitlines() if self.file.exists() else []
         return {row.pop("row"): row for row in map(json.loads, lines) if row.pop("piece") == piece}
 
-    def add(self, piece: str, row: str, figures: dict[str, Any]) -> None:
+    def add(self, piece: str, row: str, figures: Figures) -> None:
         with self.file.open("a", encoding="utf-8") as file:
             file.write(json.dumps({"piece": piece, "row": row, **figures}) + "\n")
         print(f"{piece}: {row}: {figures}", flush=True)
@@ -84,7 +87,7 @@ class Results:
         (self.folder / "gpu.md").write_text("\n".join(tables), encoding="utf-8")
 
 
-def as_table(rows: dict[str, dict[str, Any]]) -> str:
+def as_table(rows: dict[str, Figures]) -> str:
     names = list(dict.fromkeys(name for figures in rows.values() for name in figures))
     lines = [["", *names], ["---"] * (len(names) + 1)]
     for row, figures in rows.items():
@@ -131,10 +134,10 @@ def free_memory() -> None:
         torch.cuda.empty_cache()
 
 
-def time_steps(options: argparse.Namespace, preset: str, batch: int, way: str) -> dict[str, Any]:
+def time_steps(options: argparse.Namespace, preset: str, batch: int, way: str, figures: Figures) -> None:
     """Of the fit and of the game: milliseconds of a step, images/s, share of the GPU's bfloat16 peak."""
     model, settings, steps = read_preset(options, preset)
-    size, seconds, figures = model.config.image_size, 0.05 if options.short else 1.0, {}
+    size, seconds = model.config.image_size, 0.05 if options.short else 1.0
     images = to_pixel_values(torch.randint(0, 256, (batch, 3, size, size), dtype=torch.uint8, device=DEVICE))
     if way == "two phases":
         objective = settings.closed_loop_objective(num_classes=None)
@@ -146,9 +149,10 @@ def time_steps(options: argparse.Namespace, preset: str, batch: int, way: str) -
                 two_phase_step(model, objective, players, images, None)
 
         taken = milliseconds(rival, seconds)
-        return {"game, ms": taken, "game, images/s": batch / taken * 1e3}
+        figures |= {"game, ms": taken, "game, images/s": batch / taken * 1e3}
+        return
     operations = {}
-    counted = Phases(copy.deepcopy(model), settings, steps, as_graph=False)
+    counted = Phases(copy.deepcopy(model), settings, steps)
     for name in ("fit", "game"):
         with CountOperations() as counter:
             counted(name, images[:64])
@@ -161,7 +165,7 @@ def time_steps(options: argparse.Namespace, preset: str, batch: int, way: str) -
             player.compile(fullgraph=True)
     peak = next((peak for name, peak in PEAKS.items() if GPU and name in torch.cuda.get_device_name()), None)
     for name in ("fit", "game"):
-        phases = Phases(model, settings, steps, as_graph=way.endswith("graph"))
+        phases = Phases(model, settings, steps, graphs=[name] if way.endswith("graph") else [])
         taken = milliseconds(partial(phases, name, images), seconds)
         images_a_second = batch / taken * 1e3
         figures |= {f"{name}, ms": taken, f"{name}, images/s": images_a_second}
@@ -173,7 +177,6 @@ def time_steps(options: argparse.Namespace, preset: str, batch: int, way: str) -
     rival_row = Results(options.output).rows("steps").get(row_of_steps(preset, batch, "two phases"), {})
     if "game, ms" in rival_row:
         figures[f"times two phases (goal {GOAL})"] = rival_row["game, ms"] / figures["game, ms"]
-    return figures
 
 
 class CountOperations(TorchDispatchMode):
@@ -191,7 +194,7 @@ class CountOperations(TorchDispatchMode):
 # Training
 
 
-def train(options: argparse.Namespace, as_graph: bool) -> dict[str, Any]:
+def train(options: argparse.Namespace, graphs: list[str], figures: Figures) -> None:
     """The phases of the preset, all longer or shorter by one factor, in `train_seconds` from here to their end, or in
     what is left of them.
     """
@@ -211,7 +214,7 @@ def train(options: argparse.Namespace, as_graph: bool) -> dict[str, Any]:
         return phases(name, draw(batch))
 
     calibration = draw(CALIBRATION_IMAGES if GPU else 4 * batch)
-    trial = Phases(copy.deepcopy(model), settings, preset_steps, as_graph=as_graph)
+    trial = Phases(copy.deepcopy(model), settings, preset_steps, graphs=graphs)
     planned = {name: count for name, count in preset_steps.items() if count}
     timed = 0.05 if options.short else 0.5
     spent = {name: milliseconds(partial(make_step, trial, name), timed) for name in planned}
@@ -220,17 +223,17 @@ def train(options: argparse.Namespace, as_graph: bool) -> dict[str, Any]:
     setup = time.monotonic() - start
     factor = (allowed - setup) * 1e3 / sum(spent[name] * count for name, count in planned.items())
     steps = preset_steps | {name: max(1, int(count * factor)) for name, count in planned.items()}
-    print(f"batch {batch}; milliseconds {spent}; steps {steps}", flush=True)
+    figures |= {f"{name}, ms": taken for name, taken in spent.items()} | {"before the first step, s": setup}
 
-    phases, figures, history = Phases(model, settings, steps, as_graph=as_graph), StepFigures(), []
+    phases, of_steps, history = Phases(model, settings, steps, graphs=graphs), StepFigures(), []
     last = next(name for name in ("fit", "energy", "game") if steps[name])  # before the game, if anything is
     for name, count in steps.items():
         for step in range(count):
             if step < REFINED_STEPS:
                 model.refine_operator_norms()
-            figures.keep(step + 1, make_step(phases, name))
+            of_steps.keep(step + 1, make_step(phases, name))
             if (step + 1) % LOGGED_STEPS == 0 or step + 1 == count:
-                read = figures.read(everything=True)
+                read = of_steps.read(everything=True)
                 history += [{"phase": name, "step": number, **values} for number, values in read]
                 if time.monotonic() - start > 1.1 * allowed:
                     steps[name] = step + 1  # slower than in the trial
@@ -246,24 +249,16 @@ def train(options: argparse.Namespace, as_graph: bool) -> dict[str, Any]:
             phases.average.update(phases.parameters)
     logged = [json.dumps(record) for record in history if record["step"] % LOGGED_STEPS in (0, 1)]
     (options.output / "history.jsonl").write_text("\n".join(logged) + "\n", encoding="utf-8")
-    trained = time.monotonic() - start
+    figures |= {f"steps of {name}": count for name, count in steps.items()}
+    figures |= {"batch": batch, "training images": len(pixels), "all steps done, s": time.monotonic() - start}
 
     folder = options.output / "model"
     save_in_float16(evaluated_model(model, phases.average, calibration, batch), folder)
+    figures["model, MB"] = (folder / "model.safetensors").stat().st_size / 1e6
     saved = AutoModel.from_pretrained(folder).to(DEVICE).eval()
     held_out = to_pixel_values(read_pixels(options.data, "held_out", size))
-    found, _ = held_out_figures(saved, held_out, 256, settings.distortion)
-    return {
-        **found,
-        "held-out images": len(held_out),
-        "training images": len(pixels),
-        "batch": batch,
-        **{f"steps of {name}": count for name, count in steps.items()},
-        **{f"{name}, ms": taken for name, taken in spent.items()},
-        "seconds": trained,
-        "of these, before the first step": setup,
-        "model, MB": (folder / "model.safetensors").stat().st_size / 1e6,
-    }
+    figures |= {"held-out images": len(held_out)}
+    figures |= held_out_figures(saved, held_out, 256, settings.distortion)[0]
 
 
 def save_in_float16(model: CtrlCscModel, folder: Path) -> None:
@@ -274,21 +269,23 @@ def save_in_float16(model: CtrlCscModel, folder: Path) -> None:
     CtrlCscImageProcessor(image_size=model.config.image_size).save_pretrained(folder)
 
 
-def run_tests(options: argparse.Namespace) -> dict[str, Any]:
+# Tests
+
+
+def run_tests(options: argparse.Namespace, figures: Figures) -> None:
     """Of tests/test_cuda.py, whose whole output is in tests.log: numbers of tests by outcome, and what failed."""
     import pytest
 
+    arguments = ["-q", "-rfE", "-p", "no:cacheprovider", "--color=no", str(ROOT / "tests" / "test_cuda.py")]
     with (options.output / "tests.log").open("w+", encoding="utf-8") as log:
-        for stream in (1, 2):
-            os.dup2(log.fileno(), stream)
-        pytest.main(["-q", "-rfE", "-p", "no:cacheprovider", "--color=no", str(ROOT / "tests" / "test_cuda.py")])
-        sys.stdout.flush()
+        with redirect_stdout(log), redirect_stderr(log):
+            pytest.main(arguments)
         log.seek(0)
-        lines = log.read().splitlines()
+        lines = log.read().splitlines() or ["nothing"]
     outcomes = {name: int(count) for count, name in re.findall(r"(\d+) (passed|failed|skipped|errors?)\b", lines[-1])}
     if not outcomes:
         raise RuntimeError(f"pytest ended with: {lines[-1]}")
-    return outcomes | {"failures": "; ".join(line for line in lines if line.startswith(("FAILED", "ERROR")))}
+    figures |= outcomes | {"failures": "; ".join(line for line in lines if line.startswith(("FAILED", "ERROR")))}
 
 
 # Pieces
@@ -298,7 +295,7 @@ def row_of_steps(preset: str, batch: int, way: str) -> str:
     return f"{preset}, batch {batch}, {way}"
 
 
-def plan_steps(options: argparse.Namespace) -> dict[str, Callable[[], dict[str, Any]]]:
+def plan_steps(options: argparse.Namespace) -> Plan:
     nets = [("cifar10", 8)] if options.short else NETS
     plain = [(*net, way) for net in nets for way in PLAIN_WAYS if GPU or way != "graph"]
     compiled = [(*net, way) for net in nets[:3] for way in COMPILED_WAYS if GPU]
@@ -307,13 +304,16 @@ def plan_steps(options: argparse.Namespace) -> dict[str, Callable[[], dict[str, 
     return {row_of_steps(*row): partial(time_steps, options, *row) for row in order}
 
 
-def plan_train(options: argparse.Namespace) -> dict[str, Callable[[], dict[str, Any]]]:
-    """As graphs; eagerly where that is not possible."""
-    rows = {f"{options.preset}, graph": partial(train, options, True)} if GPU else {}
-    found = Results(options.output).rows("train")
-    if all("error" in found.get(row, {}) for row in rows):
-        rows[f"{options.preset}, eager"] = partial(train, options, False)
-    return rows
+def plan_train(options: argparse.Namespace) -> Plan:
+    """As graphs; where that failed without the game's, then eagerly."""
+    ways = {"graph": ["energy", "fit", "game"], "graph but for the game": ["energy", "fit"], "eager": []}
+    plan, found = {}, Results(options.output).rows("train")
+    for way, graphs in ways.items():
+        if GPU or not graphs:
+            plan[row := f"{options.preset}, {way}"] = partial(train, options, graphs)
+            if "error" not in found.get(row, {}):
+                break
+    return plan
 
 
 PIECES = {  # each with its limit in seconds; of the training, options.train_seconds come on top
@@ -323,7 +323,7 @@ PIECES = {  # each with its limit in seconds; of the training, options.train_sec
 }
 
 
-def rows_left(piece: str, options: argparse.Namespace) -> dict[str, Callable[[], dict[str, Any]]]:
+def rows_left(piece: str, options: argparse.Namespace) -> Plan:
     found = Results(options.output).rows(piece)
     return {row: run for row, run in PIECES[piece][0](options).items() if row not in found}
 
@@ -332,13 +332,16 @@ def work(piece: str, options: argparse.Namespace) -> None:
     """The rows of a piece that are left, up to the first that fails: CUDA may be of no use to this process then."""
     results = Results(options.output)
     for row, run in rows_left(piece, options).items():
+        figures: Figures = {}
         try:
-            figures = run()
+            run(figures)
         except Exception as error:
             traceback.print_exc()
-            results.add(piece, row, {"error": f"{type(error).__name__}: {error}".split("\n")[0][:200]})
-            sys.exit(1)
+            figures["error"] = f"{type(error).__name__}: {error}".split("\n")[0][:200]
+        figures["device"] = f"{torch.cuda.get_device_name() if GPU else 'CPU'}, torch {torch.__version__}"
         results.add(piece, row, figures)
+        if "error" in figures:
+            sys.exit(1)
         free_memory()
 
 

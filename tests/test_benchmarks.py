@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -101,17 +102,22 @@ def test_gpu_script_writes_what_failed_and_goes_on(tmp_path, monkeypatch):
     gpu = importlib.import_module("gpu")
 
     def plan(options):
-        return {"fails": lambda: [][0], "ends": lambda: os._exit(3), "passes": lambda: {"x": 1.0}, "hangs": wait}
+        return {"fails": fail, "ends": lambda _: os._exit(3), "passes": lambda f: f.update(x=1.0), "hangs": hang}
 
-    def wait():
-        while True:
-            pass
+    def hang(figures):
+        time.sleep(60)
+
+    def fail(figures):
+        figures["half"] = 0.5
+        raise IndexError("half of it\nis there")
 
     monkeypatch.setattr(gpu, "PIECES", {"tests": (plan, 4)})
     monkeypatch.setattr(gpu, "GPU", False)
     gpu.main(["--output", str(tmp_path), "--pieces", "tests"])
-    assert gpu.Results(tmp_path).rows("tests") == {
-        "fails": {"error": "IndexError: list index out of range"},
+    rows = gpu.Results(tmp_path).rows("tests")
+    assert all(row.pop("device").startswith("CPU, torch") for row in (rows["fails"], rows["passes"]))
+    assert rows == {
+        "fails": {"half": 0.5, "error": "IndexError: half of it"},
         "ends": {"error": "its process ended with 3"},
         "passes": {"x": 1.0},
         "hangs": {"error": "stopped, tests may take 4 s"},

@@ -1,6 +1,6 @@
 """The steps of train.py in bfloat16 autocast, of images on the device, each launched eagerly or as one CUDA graph."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from functools import partial
 
 import torch
@@ -22,11 +22,11 @@ class Phases:
         model: in training, on its device.
         settings: for an objective that needs neither labels nor augmented images.
         steps: number of steps of each phase, which its learning rate follows.
-        as_graph: whether each phase's step is one CUDA graph.
+        graphs: phases whose step is one CUDA graph.
     """
 
     def __init__(
-        self, model: CtrlCscModel, settings: TrainingSettings, steps: dict[str, int], *, as_graph: bool
+        self, model: CtrlCscModel, settings: TrainingSettings, steps: dict[str, int], graphs: Collection[str] = ()
     ) -> None:
         self.model, self.parameters, self.done = model, list(model.parameters()), 0
         warmups = {
@@ -51,9 +51,10 @@ class Phases:
             reconstruction_statistics=settings.reconstruction_statistics,
         )
         launches = {name: descent.step for name, descent in self.descents.items()} | {"game": self._game}
-        self.launches = {name: partial(self._in_bfloat16, launch) for name, launch in launches.items()}
-        if as_graph:
-            self.launches = {name: Replay(launch) for name, launch in self.launches.items()}
+        self.launches: dict[str, Callable[[Tensor], dict[str, Tensor]]] = {
+            name: partial(self._in_bfloat16, launch) for name, launch in launches.items()
+        }
+        self.launches |= {name: Replay(self.launches[name]) for name in graphs}
 
     def __call__(self, name: str, images: Tensor) -> dict[str, Tensor]:
         """One step on images (n, 3, H, W), pixels in [-1, 1]; its figures, which the next step may overwrite."""
