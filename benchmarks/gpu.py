@@ -276,8 +276,8 @@ def run_tests(options: argparse.Namespace, figures: Figures) -> None:
     """Of tests/test_cuda.py, whose whole output is in tests.log: numbers of tests by outcome, and what failed."""
     import pytest
 
-    arguments = ["-q", "-rfE", "-p", "no:cacheprovider", "--color=no", str(ROOT / "tests" / "test_cuda.py")]
-    with (options.output / "tests.log").open("w+", encoding="utf-8") as log:
+    arguments = ["-v", "-rfE", "-p", "no:cacheprovider", "--color=no", str(ROOT / "tests" / "test_cuda.py")]
+    with (options.output / "tests.log").open("w+", buffering=1, encoding="utf-8") as log:
         with redirect_stdout(log), redirect_stderr(log):
             pytest.main(arguments)
         log.seek(0)

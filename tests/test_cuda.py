@@ -63,16 +63,6 @@ def test_the_loop_has_the_same_figures_and_gradients(objective: str, normalizati
         assert_same(got, expected, 1e-3)
 
 
-def test_both_halves_compile_into_one_graph_each_and_give_the_same() -> None:
-    _, model = on_both()
-    model.eval()
-    images = (torch.rand(6, 3, 16, 16) * 2 - 1).cuda()
-    expected = model(images).reconstruction
-    model.encoder.compile(fullgraph=True)
-    model.decoder.compile(fullgraph=True)
-    assert_same(model(images).reconstruction, expected)
-
-
 def phases_of(model: CtrlCscModel, *graphs: str) -> Any:
     """The steps that benchmarks/gpu.py trains by: ten of each phase, whose learning rates fall."""
     from phases import Phases
@@ -135,6 +125,16 @@ def test_a_run_goes_on_where_it_was(train: Train, precision: str) -> None:
     for name in ("encoder.stages.0.dictionary", "encoder.last_stage.dictionary", "encoder.stages.1.dictionary"):
         moved = (first[name] - at_checkpoint[name]).norm()
         assert (second[name] - first[name]).norm() < 0.2 * moved
+
+
+def test_both_halves_compile_into_one_graph_each_and_give_the_same() -> None:
+    _, model = on_both()
+    model.eval()
+    images = (torch.rand(6, 3, 16, 16) * 2 - 1).cuda()
+    expected = model(images).reconstruction
+    model.encoder.compile(fullgraph=True)
+    model.decoder.compile(fullgraph=True)
+    assert_same(model(images).reconstruction, expected)
 
 
 def test_a_compiled_run_comes_to_its_end(train: Train) -> None:
