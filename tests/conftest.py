@@ -10,7 +10,6 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-import datasets
 import numpy as np
 import pytest
 from PIL import Image
@@ -98,6 +97,8 @@ def encoded(image: Image.Image, path: Path, **options: Any) -> bytes:
 @pytest.fixture(scope="session")
 def parquet_folder(tmp_path_factory: pytest.TempPathFactory) -> str:
     """Three shards of PNGs, labelled by their number; one of them is cut short."""
+    import datasets
+
     root = tmp_path_factory.mktemp("parquet")
     scratch = tmp_path_factory.mktemp("scratch") / "image.png"
     data = [encoded(random_image(index), scratch) for index in range(NUM_IMAGES)]
@@ -119,6 +120,8 @@ def parquet_folder(tmp_path_factory: pytest.TempPathFactory) -> str:
 @pytest.fixture
 def train(tiny_preset: Path, image_folder: Path, tmp_path: Path) -> Callable[..., Path]:
     """train("--flag", "value", ..., output="name") runs train.py's main in this process on the image folder."""
+    for needed in ("accelerate", "datasets"):  # which tests/test_cuda.py may have to do without
+        pytest.importorskip(needed)
     from accelerate.state import AcceleratorState
     from settings import parse_settings
     from train import main

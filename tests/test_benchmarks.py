@@ -3,11 +3,17 @@
 import copy
 import importlib
 import json
+import os
+import subprocess
 import sys
+import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
+from transformers import AutoModel
 
 from ctrl_csc_hf import ConvolutionalSparseCoding, CtrlCscConfig, CtrlCscModel
 from ctrl_csc_hf.closed_loop import ClosedLoop, ClosedLoopObjective, player_parameters
@@ -50,6 +56,72 @@ def test_a_timed_step_of_the_fit_lowers_the_error_and_one_of_the_game_moves_the_
     fitted = [parameter.clone() for parameter in model.parameters()]
     game(images)
     assert any(not torch.equal(p, q) for p, q in zip(model.parameters(), fitted, strict=True))
+
+
+def test_gpu_script_runs_where_the_libraries_of_training_are_missing_and_goes_on_where_it_was(tmp_path, capsys):
+    gpu, packed_images = importlib.import_module("gpu"), importlib.import_module("packed")
+    generator = np.random.default_rng(0)
+    colors = generator.integers(0, 256, (30, 1, 1, 3), dtype=np.uint8)
+    for index, color in enumerate(colors):
+        path = tmp_path / "images" / ("test" if index < 10 else "train") / str(index % 2) / f"{index:02d}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(np.broadcast_to(color, (16, 16 + 2 * (index == 12), 3))).save(path)
+    packed = tmp_path / "packed" / "images.safetensors"
+    gpu.main(["pack", "--dataset", str(tmp_path / "images"), "--half", "1", "--output", str(packed)])
+    assert "10 images of train, half 1" in capsys.readouterr().out
+    held_out = packed_images.read_pixels(packed, "held_out", 16)
+    assert sorted(held_out[:, :, 3, 5].tolist()) == sorted(color.ravel().tolist() for color in colors[:10])
+    assert packed_images.read_pixels(packed, "train", 8).shape == (10, 3, 8, 8)
+
+    (tmp_path / "sitecustomize.py").write_text(
+        "import sys\nsys.modules |= dict.fromkeys(['accelerate', 'datasets', 'diffusers', 'torchvision'])\n"
+    )
+    command = [sys.executable, gpu.__file__, "--data", str(packed), "--output", str(tmp_path / "out"), "--short"]
+    paths = os.pathsep.join([str(tmp_path), *sys.path])
+    environment = {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}
+    subprocess.run([*command, "--train_seconds", "2"], env=environment, check=True)
+    results = gpu.Results(tmp_path / "out")
+    rows = {piece: results.rows(piece) for piece in gpu.PIECES}
+    assert not any("error" in figures for piece in rows.values() for figures in piece.values()), rows
+    (tests,) = rows["tests"].values()
+    assert tests["passed" if gpu.GPU else "skipped"] > 10 and not tests["failures"]
+    rival, *ours = rows["steps"].values()
+    assert ours and all(row["times two phases (goal 4)"] == rival["game, ms"] / row["game, ms"] for row in ours)
+    (training,) = rows["train"].values()
+    assert training["steps of fit"] >= training["steps of energy"] >= training["steps of game"] >= 1
+    assert training["held_out_psnr"] > 0 and training["model, MB"] < 0.02
+    model = AutoModel.from_pretrained(tmp_path / "out" / "model")
+    assert model.dtype == torch.float32 and model.config.image_size == 16
+    assert "| cifar10, batch 8, two phases | " in (tmp_path / "out" / "gpu.md").read_text(encoding="utf-8")
+    before = results.file.read_bytes()
+    gpu.main([*command[2:], "--train_seconds", "2"])
+    assert results.file.read_bytes() == before
+
+
+def test_gpu_script_writes_what_failed_and_goes_on(tmp_path, monkeypatch):
+    gpu = importlib.import_module("gpu")
+
+    def plan(options):
+        return {"fails": fail, "ends": lambda _: os._exit(3), "passes": lambda f: f.update(x=1.0), "hangs": hang}
+
+    def hang(figures):
+        time.sleep(60)
+
+    def fail(figures):
+        figures["half"] = 0.5
+        raise IndexError("half of it\nis there")
+
+    monkeypatch.setattr(gpu, "PIECES", {"tests": (plan, 4)})
+    monkeypatch.setattr(gpu, "GPU", False)
+    gpu.main(["--output", str(tmp_path), "--pieces", "tests"])
+    rows = gpu.Results(tmp_path).rows("tests")
+    assert all(row.pop("device").startswith("CPU, torch") for row in (rows["fails"], rows["passes"]))
+    assert rows == {
+        "fails": {"half": 0.5, "error": "IndexError: half of it"},
+        "ends": {"error": "its process ended with 3"},
+        "passes": {"x": 1.0},
+        "hangs": {"error": "stopped, tests may take 4 s"},
+    }
 
 
 def test_command_prints_a_table_and_writes_every_comparison_with_values_that_agree(tmp_path, capsys):

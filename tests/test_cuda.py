@@ -1,29 +1,27 @@
 """On a GPU the loop, its gradients and the pipeline give what they give on a CPU; training and evaluation run through.
 
-CI has no GPU: these tests wait for a machine that has one.
+CI has no GPU: these tests wait for a machine that has one. There, tests that need accelerate, datasets or diffusers are
+skipped where these are missing.
 """
 
+import copy
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import datasets
 import pytest
 import torch
 from conftest import load_script, random_image
 from safetensors.torch import load_file
-from test_evaluate import autoencoder_of_diffusers, classifier
-from test_pipeline import CONFIG
 from torch import Tensor
 
-from ctrl_csc_hf import CtrlCscConfig, CtrlCscImageProcessor, CtrlCscModel, CtrlCscPipeline
+from ctrl_csc_hf import CtrlCscConfig, CtrlCscImageProcessor, CtrlCscModel
 from ctrl_csc_hf.closed_loop import ClosedLoop, ClosedLoopObjective, player_parameters
-from ctrl_csc_hf.encoding import encode_dataset
-from ctrl_csc_hf.fitting import fit_sampler
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
 Train = Callable[..., Path]
+CONFIG = {"image_size": 16, "latent_dim": 8, "stage_channels": [8, 8]}
 
 
 @pytest.fixture(autouse=True)
@@ -65,6 +63,70 @@ def test_the_loop_has_the_same_figures_and_gradients(objective: str, normalizati
         assert_same(got, expected, 1e-3)
 
 
+def phases_of(model: CtrlCscModel, *graphs: str) -> Any:
+    """The steps that benchmarks/gpu.py trains by: ten of each phase, whose learning rates fall."""
+    from phases import Phases
+    from settings import TrainingSettings
+
+    settings = TrainingSettings(
+        dataset_name="none",
+        decoder_consistency=20.0,
+        reconstruction_statistics="images",
+        encoder_learning_rate=1e-3,
+        decoder_learning_rate=1e-3,
+        ema_decay=0.9,
+    )
+    return Phases(model, settings, dict.fromkeys(("energy", "fit", "game"), 10), graphs)
+
+
+@pytest.mark.parametrize("phase", ["energy", "fit", "game"])
+def test_ten_replayed_steps_give_the_weights_of_ten_eager_ones(phase: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.backends.cudnn, "deterministic", True)  # Adam makes steps of the least gradients
+    _, eager = on_both(share_dictionaries=True)
+    begun, replayed = copy.deepcopy(eager), copy.deepcopy(eager)
+    steps = [phases_of(eager), phases_of(replayed, phase)]
+    generator = torch.Generator("cuda").manual_seed(0)
+    for _ in range(10):
+        images = torch.rand(24, 3, 16, 16, generator=generator, device="cuda") * 2 - 1
+        expected, got = ({name: value.item() for name, value in made(phase, images).items()} for made in steps)
+        assert got == pytest.approx(expected, rel=0.02, abs=0.02)
+    for name, value in eager.state_dict().items():
+        moved = (value - begun.state_dict()[name]).norm()
+        assert (replayed.state_dict()[name] - value).norm() <= 0.05 * moved, name
+    assert not torch.equal(eager.encoder.stages[0].dictionary, begun.encoder.stages[0].dictionary)
+    average, of_eager = (torch.cat([w.flatten() for w in made.average.weights]) for made in reversed(steps))
+    initial = torch.cat([parameter.flatten() for parameter in begun.parameters()])
+    assert (average - of_eager).norm() <= 0.05 * (of_eager - initial).norm()
+    assert phase != "game" or not torch.equal(of_eager, initial)
+
+
+@pytest.mark.parametrize("phase", ["energy", "fit", "game"])
+def test_a_step_makes_the_cpu_wait_for_nothing(phase: str) -> None:
+    _, model = on_both()
+    steps = phases_of(model)
+    images = torch.rand(24, 3, 16, 16, device="cuda") * 2 - 1
+    steps(phase, images)  # makes the states of the optimisers
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        steps(phase, images)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("precision", ["no", "bf16"])
+def test_a_run_goes_on_where_it_was(train: Train, precision: str) -> None:
+    flags = ["--mixed_precision", precision, "--energy_warmup_steps", "2", "--deconvolution_warmup_steps", "2"]
+    flags += ["--max_train_steps", "8", "--ema_decay", "0"]  # whose average is the model itself
+    whole = train(*flags, "--checkpoints_total_limit", "9", output="whole")
+    resumed = train(*flags, "--resume_from_checkpoint", str(whole / "checkpoint-4"), output="resumed")
+    folders = (whole / "checkpoint-4", whole, resumed)
+    at_checkpoint, first, second = (load_file(folder / "model.safetensors") for folder in folders)
+    # cuDNN adds gradients up in any order, and bfloat16 hears it.
+    for name in ("encoder.stages.0.dictionary", "encoder.last_stage.dictionary", "encoder.stages.1.dictionary"):
+        moved = (first[name] - at_checkpoint[name]).norm()
+        assert (second[name] - first[name]).norm() < 0.2 * moved
+
+
 def test_both_halves_compile_into_one_graph_each_and_give_the_same() -> None:
     _, model = on_both()
     model.eval()
@@ -75,20 +137,6 @@ def test_both_halves_compile_into_one_graph_each_and_give_the_same() -> None:
     assert_same(model(images).reconstruction, expected)
 
 
-@pytest.mark.parametrize("precision", ["no", "bf16"])
-def test_a_run_goes_on_where_it_was(train: Train, precision: str) -> None:
-    flags = ["--mixed_precision", precision, "--energy_warmup_steps", "2", "--deconvolution_warmup_steps", "2"]
-    flags += ["--max_train_steps", "8", "--ema_decay", "0"]  # whose average is the model itself
-    whole = train(*flags, "--checkpoints_total_limit", "9", output="whole")
-    resumed = train(*flags, "--resume_from_checkpoint", str(whole / "checkpoint-4"), output="resumed")
-    at_checkpoint = torch.load(whole / "checkpoint-4" / "custom_checkpoint_0.pkl", map_location="cpu")
-    first, second = (load_file(folder / "model.safetensors") for folder in (whole, resumed))
-    # cuDNN adds gradients up in any order, and bfloat16 hears it.
-    for name in ("encoder.stages.0.dictionary", "encoder.last_stage.dictionary", "decoder.stages.1.dictionary"):
-        moved = (first[name] - at_checkpoint[name]).norm()
-        assert (second[name] - first[name]).norm() < 0.2 * moved
-
-
 def test_a_compiled_run_comes_to_its_end(train: Train) -> None:
     phases = ("--energy_warmup_steps", "2", "--deconvolution_warmup_steps", "2", "--decoder_consistency", "20")
     folder = train("--torch_compile", "--mixed_precision", "bf16", *phases, "--train_batch_size", "4")
@@ -96,6 +144,10 @@ def test_a_compiled_run_comes_to_its_end(train: Train) -> None:
 
 
 def test_evaluation_runs_to_its_end(train: Train, image_folder: Path, tmp_path: Path) -> None:
+    for needed in ("datasets", "diffusers", "sklearn"):
+        pytest.importorskip(needed)
+    from test_evaluate import autoencoder_of_diffusers, classifier
+
     model = train("--objective", "multi", "--augmentation_consistency", "1")
     squared_error = train("--loop", "squared_error", output="squared_error")
     evaluate = load_script("evaluate")
@@ -104,7 +156,7 @@ def test_evaluation_runs_to_its_end(train: Train, image_folder: Path, tmp_path: 
         evaluate.EvaluationSettings(
             model=str(model),
             rivals=[f"squared error={squared_error}"],
-            diffusers_autoencoders=[kl],
+            diffusers_autoencoders=[f"kl={kl}"],
             feature_model=classifier(tmp_path / "resnet"),
             feature_size=32,
             train_data_dir=str(image_folder),
@@ -118,12 +170,18 @@ def test_evaluation_runs_to_its_end(train: Train, image_folder: Path, tmp_path: 
             output_dir=str(model),
         )
     )
-    assert list(results) == ["CTRL-CSC", "squared error", kl, "PCA, 8 numbers", "mean image"]
+    assert list(results) == ["CTRL-CSC", "squared error", "kl", "PCA, 8 numbers", "mean image"]
     assert all(0 < figures["psnr"] < 60 for figures in results.values())
     assert (model / "correlations.png").exists()
 
 
 def test_the_pipeline_gives_the_same() -> None:
+    datasets = pytest.importorskip("datasets")
+    pytest.importorskip("diffusers")
+    from ctrl_csc_hf import CtrlCscPipeline
+    from ctrl_csc_hf.encoding import encode_dataset
+    from ctrl_csc_hf.fitting import fit_sampler
+
     images = [random_image(index, (16, 16)) for index in range(6)]
     processor = CtrlCscImageProcessor(image_size=16)
     dataset = datasets.Dataset.from_dict({"image": images, "label": [0, 0, 0, 1, 1, 1]})

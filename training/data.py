@@ -199,11 +199,6 @@ def number_classes(label_column: str, *parts: Sequence[int | None]) -> tuple[lis
     return values, [torch.tensor([places[label] for label in part]) for part in parts]
 
 
-def hub_id(dataset_name: str | None) -> str | None:
-    """The name of a data set on the Hub; None for a local folder, which `datasets` takes first."""
-    return None if dataset_name is None or Path(dataset_name).exists() else dataset_name
-
-
 def to_pixel_values(pixels: Tensor, device: torch.device | str = "cpu") -> Tensor:
     """8-bit pixels (n, 3, H, W) as float32 in [-1, 1] on the device: what the image processor gives, up to rounding."""
     moved = pixels.to(device, memory_format=torch.channels_last, non_blocking=True)

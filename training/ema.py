@@ -1,4 +1,4 @@
-"""The average of weights that a run keeps, and what it needs before it is evaluated or saved."""
+"""The average of weights that a run keeps, what it needs before it is evaluated or saved, and held-out figures."""
 
 import copy
 from collections.abc import Iterable
@@ -8,8 +8,11 @@ from torch import Tensor, nn
 
 from ctrl_csc_hf import CtrlCscModel
 from ctrl_csc_hf.batch_norm import BatchNorm
+from ctrl_csc_hf.metrics import nearest_latent_match, peak_signal_to_noise_ratio
+from ctrl_csc_hf.rate_reduction import coding_rate, rate_reduction
 
 CALIBRATION_IMAGES = 2048
+GRID_IMAGES = 40
 
 
 class AverageOfWeights:
@@ -86,3 +89,35 @@ def recompute_statistics(model: CtrlCscModel, images: Tensor, batch_size: int) -
     model.encoder.latent_norm_momentum = type(model.encoder).latent_norm_momentum
     model.train(was_training)
     model.share_statistics(sum_over_processes)
+
+
+@torch.no_grad()
+def held_out_figures(
+    model: CtrlCscModel, images: Tensor, batch_size: int, distortion: float
+) -> tuple[dict[str, float], Tensor]:
+    """Figures on held-out images (n, C, H, W), and the reconstructions of the first `GRID_IMAGES`, on the CPU.
+
+    PSNR in dB, the mean over images; match, the share of reconstructions whose nearest latent is their own
+    original's; R(Z), R(Zh) and dR(Z, Zh) in nats.
+    """
+    was_training = model.training
+    model.eval()
+    psnr, latents, reconstructed, reconstructions = [], [], [], []
+    for batch in images.split(batch_size):
+        batch = batch.to(model.device)
+        output = model(batch, output_reconstructed_latents=True, return_dict=True)
+        psnr.append(peak_signal_to_noise_ratio(batch, output.reconstruction))
+        latents.append(output.latents)
+        reconstructed.append(output.reconstructed_latents)
+        if len(reconstructions) * batch_size < GRID_IMAGES:
+            reconstructions.append(output.reconstruction.cpu())
+    model.train(was_training)
+    z, zh = torch.cat(latents), torch.cat(reconstructed)
+    figures = {
+        "held_out_psnr": torch.cat(psnr).mean().item(),
+        "held_out_match": nearest_latent_match(z, zh),
+        "held_out_rate": coding_rate(z, distortion=distortion).item(),
+        "held_out_reconstructed_rate": coding_rate(zh, distortion=distortion).item(),
+        "held_out_rate_reduction": rate_reduction(z, zh, distortion=distortion).item(),
+    }
+    return figures, torch.cat(reconstructions)[:GRID_IMAGES]

@@ -37,16 +37,16 @@ from data import (
     ImageSource,
     decode,
     find_held_out_split,
-    hub_id,
     load_images,
     load_splits,
     number_classes,
     take_images,
     to_pixel_values,
 )
+from ema import GRID_IMAGES
 from huggingface_hub import hf_hub_download
-from run import GRID_IMAGES, SETTINGS, figure_records, one_line_errors, read_json, save_grid
-from settings import option
+from run import SETTINGS, figure_records, one_line_errors, read_json, save_grid
+from settings import hub_id, option
 from stream import ImageLoader, ImageStream
 from torch import Tensor
 from tqdm.auto import tqdm

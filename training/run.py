@@ -18,7 +18,7 @@ import torch
 from accelerate import Accelerator, PartialState
 from accelerate.utils import gather_object
 from datasets.exceptions import DatasetsError
-from ema import AverageOfWeights
+from ema import GRID_IMAGES, AverageOfWeights
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from settings import FIXED, WITHOUT_INFLUENCE, TrainingSettings
@@ -29,14 +29,12 @@ from warmup import Descent
 
 from ctrl_csc_hf import CtrlCscImageProcessor, CtrlCscModel
 from ctrl_csc_hf.distributed import sum_over_processes
-from ctrl_csc_hf.metrics import nearest_latent_match, peak_signal_to_noise_ratio
-from ctrl_csc_hf.rate_reduction import coding_rate, rate_reduction
+from ctrl_csc_hf.metrics import peak_signal_to_noise_ratio
 from ctrl_csc_hf.repository_ctrl_csc import remove_other_model
 from ctrl_csc_hf.visualization import reconstruction_grid, training_curves
 
 logger = logging.getLogger(__name__)
 
-GRID_IMAGES = 40
 SHOWN = 200  # letters of a value in a message
 EXAMPLES = 4  # held-out images kept as files, for the widget of a published model
 TENSORS = "training_state.safetensors"  # of a checkpoint, beside the model
@@ -367,38 +365,6 @@ def one_line_errors() -> Iterator[None]:
     except (OSError, ValueError, FloatingPointError, DatasetsError) as error:
         reason = f": {error.__cause__}" if isinstance(error, DatasetsError) and error.__cause__ else ""
         sys.exit(f"{type(error).__name__}: {error}{reason}")
-
-
-@torch.no_grad()
-def held_out_figures(
-    model: CtrlCscModel, images: Tensor, batch_size: int, distortion: float
-) -> tuple[dict[str, float], Tensor]:
-    """Figures on held-out images (n, C, H, W), and the reconstructions of the first `GRID_IMAGES`, on the CPU.
-
-    PSNR in dB, the mean over images; match, the share of reconstructions whose nearest latent is their own
-    original's; R(Z), R(Zh) and dR(Z, Zh) in nats.
-    """
-    was_training = model.training
-    model.eval()
-    psnr, latents, reconstructed, reconstructions = [], [], [], []
-    for batch in images.split(batch_size):
-        batch = batch.to(model.device)
-        output = model(batch, output_reconstructed_latents=True, return_dict=True)
-        psnr.append(peak_signal_to_noise_ratio(batch, output.reconstruction))
-        latents.append(output.latents)
-        reconstructed.append(output.reconstructed_latents)
-        if len(reconstructions) * batch_size < GRID_IMAGES:
-            reconstructions.append(output.reconstruction.cpu())
-    model.train(was_training)
-    z, zh = torch.cat(latents), torch.cat(reconstructed)
-    figures = {
-        "held_out_psnr": torch.cat(psnr).mean().item(),
-        "held_out_match": nearest_latent_match(z, zh),
-        "held_out_rate": coding_rate(z, distortion=distortion).item(),
-        "held_out_reconstructed_rate": coding_rate(zh, distortion=distortion).item(),
-        "held_out_rate_reduction": rate_reduction(z, zh, distortion=distortion).item(),
-    }
-    return figures, torch.cat(reconstructions)[:GRID_IMAGES]
 
 
 def save_grid(path: Path, originals: Tensor, reconstructions: Tensor) -> None:

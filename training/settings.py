@@ -2,10 +2,10 @@
 
 import argparse
 from dataclasses import dataclass, field, fields
+from pathlib import Path
 from typing import Any
 
 from baselines import ConvolutionalConfig, SquaredErrorLoop
-from data import hub_id
 from transformers import HfArgumentParser
 
 from ctrl_csc_hf import CtrlCscConfig
@@ -40,6 +40,11 @@ WITHOUT_INFLUENCE = (
     "max_unreadable_share", "output_dir", "push_to_hub", "report_to", "resolution", "resume_from_checkpoint",
     "train_data_dir", "validation_steps",
 )  # fmt: skip
+
+
+def hub_id(dataset_name: str | None) -> str | None:
+    """The name of a data set on the Hub; None for a local folder, which `datasets` takes first."""
+    return None if dataset_name is None or Path(dataset_name).exists() else dataset_name
 
 
 def option(default: Any, help: str, **metadata: Any) -> Any:

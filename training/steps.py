@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Adam, Optimizer
 
+REFINED_STEPS = 10  # of a phase: the first ones move the dictionaries most, and one step of power iteration loses them
 EAGER_CALLS = 3  # before the capture, in which libraries choose their kernels and optimisers make their state
 
 

@@ -22,7 +22,7 @@ from accelerate.utils import ProjectConfiguration, set_seed
 from augmentation import augment
 from collapse import COLLAPSED, CollapseWatch, largest_rate
 from data import HELD_OUT_SPLITS, ImageSource, identify, load_splits, take_images, to_pixel_values
-from ema import CALIBRATION_IMAGES, AverageOfWeights, evaluated_model, recompute_statistics
+from ema import CALIBRATION_IMAGES, AverageOfWeights, evaluated_model, held_out_figures, recompute_statistics
 from huggingface_hub import HfApi
 from run import (
     CatchStop,
@@ -30,7 +30,6 @@ from run import (
     TrainingState,
     checkpoints,
     find_checkpoint,
-    held_out_figures,
     one_line_errors,
     readable,
     save_checkpoint,
@@ -38,7 +37,7 @@ from run import (
     save_model,
 )
 from settings import LOOPS, PRECISIONS, TrainingSettings, parse_settings
-from steps import StepFigures, make_adam, set_learning_rate
+from steps import REFINED_STEPS, StepFigures, make_adam, set_learning_rate
 from stream import ImageLoader, ImageStream
 from torch import Tensor
 from tqdm.auto import tqdm
@@ -53,7 +52,6 @@ from ctrl_csc_hf.rate_reduction import SMALL_CLASS
 
 logger = logging.getLogger(__name__)
 
-REFINED_STEPS = 10  # of a phase: the first ones move the dictionaries most, and one step of power iteration loses them
 # What the progress bar tells of a step
 SHOWN = {"loss": "loss", "rate_reduction": "dR", "rate": "R(Z)", "reconstructed_rate": "R(Zh)", "psnr": "PSNR (dB)"}
 

@@ -27,7 +27,10 @@ from .sparse_coding import ConvolutionalDictionary, ConvolutionalSparseCoding
 if TYPE_CHECKING:
     from .pipeline_ctrl_csc import CtrlCscPipeline, CtrlCscPipelineOutput
 
-__version__ = metadata.version("ctrl-csc-hf")
+try:
+    __version__ = metadata.version("ctrl-csc-hf")
+except metadata.PackageNotFoundError:  # a checkout on the path, which was not installed
+    __version__ = "0+unknown"
 
 AutoConfig.register(CtrlCscConfig.model_type, CtrlCscConfig)
 AutoModel.register(CtrlCscConfig, CtrlCscModel)

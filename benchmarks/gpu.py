@@ -1,0 +1,399 @@
+"""Makes the most of ten minutes of a GPU: its tests, the times of training steps, and a training. docs/performance.md.
+
+    python benchmarks/gpu.py pack --dataset uoft-cs/cifar10 --output runs/cifar10.safetensors
+    python benchmarks/gpu.py --data runs/cifar10.safetensors --output runs/gpu
+
+The second command needs neither datasets, diffusers, accelerate nor torchvision, nor an installed ctrl-csc-hf. Each
+piece runs in a process of its own, for a limited time. Each row is written to gpu.jsonl and gpu.md in the output folder
+as soon as it is there, also where it failed; the same command then goes on with the rows that are missing. A row that
+failed is tried again once its line is removed from gpu.jsonl. On a CPU steps are eager alone.
+"""
+
+import argparse
+import copy
+import gc
+import json
+import multiprocessing
+import re
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from contextlib import redirect_stderr, redirect_stdout
+from functools import partial
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "src"))  # rather than what is installed, if anything
+sys.path.append(str(Path(__file__).resolve().parents[1] / "training"))
+import torch._functorch.config as functorch_config
+from accelerator import PEAKS
+from ema import CALIBRATION_IMAGES, evaluated_model, held_out_figures, recompute_statistics
+from packed import pack, read_pixels, to_pixel_values
+from phases import Phases
+from rivals import two_phase_step, with_plain_stages
+from settings import TrainingSettings
+from steps import EAGER_CALLS, REFINED_STEPS, StepFigures
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
+from transformers import AutoModel
+from warmup import invert_encoder
+
+from ctrl_csc_hf import CtrlCscConfig, CtrlCscImageProcessor, CtrlCscModel
+from ctrl_csc_hf.closed_loop import player_parameters
+from ctrl_csc_hf.presets import load_preset
+
+ROOT = Path(__file__).resolve().parents[1]
+Figures: TypeAlias = dict[str, Any]  # of a row, by name; a row's function fills it, so what it had stays if it fails
+Plan: TypeAlias = dict[str, Callable[[Figures], None]]  # the functions by row
+
+GPU = torch.cuda.is_available()
+DEVICE = torch.device("cuda" if GPU else "cpu")
+GOAL = 4  # times the speed of the two-phase step
+NETS = [  # presets and batches, the most telling first
+    ("cifar10", 1024), ("imagenet64", 1024), ("imagenet128", 256), ("cifar10", 64), ("cifar10", 256), ("cifar10", 4096),
+    ("imagenet64", 64), ("imagenet64", 256), ("imagenet128", 64), ("imagenet64", 4096), ("imagenet128", 1024),
+    ("imagenet128", 4096),
+]  # fmt: skip
+PLAIN_WAYS, COMPILED_WAYS = ("two phases", "graph", "eager"), ("compiled", "compiled graph")
+COMPILED_AFTER = 6  # nets: compilation takes minutes
+TINY = {"image_size": 16, "latent_dim": 8, "stage_channels": [8, 8], "share_dictionaries": True}
+LOGGED_STEPS = 100
+EVALUATION_SECONDS = 45
+
+
+# Results
+
+
+class Results:
+    """Rows {"piece", "row", figures or "error"}, a line each in gpu.jsonl, and as one table a piece in gpu.md."""
+
+    def __init__(self, folder: Path) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        self.folder, self.file = folder, folder / "gpu.jsonl"
+
+    def rows(self, piece: str) -> dict[str, Figures]:
+        lines = self.file.read_text(encoding="utf-8").splitlines() if self.file.exists() else []
+        return {row.pop("row"): row for row in map(json.loads, lines) if row.pop("piece") == piece}
+
+    def add(self, piece: str, row: str, figures: Figures) -> None:
+        with self.file.open("a", encoding="utf-8") as file:
+            file.write(json.dumps({"piece": piece, "row": row, **figures}) + "\n")
+        print(f"{piece}: {row}: {figures}", flush=True)
+        tables = [f"## {name}\n\n{as_table(rows)}\n" for name in PIECES if (rows := self.rows(name))]
+        (self.folder / "gpu.md").write_text("\n".join(tables), encoding="utf-8")
+
+
+def as_table(rows: dict[str, Figures]) -> str:
+    names = list(dict.fromkeys(name for figures in rows.values() for name in figures))
+    lines = [["", *names], ["---"] * (len(names) + 1)]
+    for row, figures in rows.items():
+        cells = (figures.get(name, "") for name in names)
+        lines.append([row, *(f"{cell:.4g}" if isinstance(cell, float) else str(cell) for cell in cells)])
+    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
+
+
+# Training steps
+
+
+def read_preset(options: argparse.Namespace, preset: str) -> tuple[CtrlCscModel, TrainingSettings, dict[str, int]]:
+    """A new model, settings, and number of steps by phase."""
+    sections = load_preset(preset)
+    torch.manual_seed(0)
+    model = CtrlCscModel(CtrlCscConfig(**(TINY if options.short else sections["model"])))
+    settings = TrainingSettings(**sections["training"])
+    steps = {
+        "energy": settings.energy_warmup_steps,
+        "fit": settings.deconvolution_warmup_steps,
+        "game": settings.max_train_steps,
+    }
+    return model.train().to(DEVICE, memory_format=torch.channels_last), settings, steps
+
+
+def milliseconds(step: Callable[[], object], seconds: float) -> float:
+    """The mean of the steps that `seconds` have room for, at least 3, after those that come before a graph's replay."""
+
+    def timed(count: int) -> float:
+        start = time.perf_counter()
+        for _ in range(count):
+            step()
+        if GPU:
+            torch.cuda.synchronize()
+        return (time.perf_counter() - start) / count
+
+    timed(EAGER_CALLS + 1)
+    return timed(max(3, min(100, int(seconds / timed(1))))) * 1e3
+
+
+def free_memory() -> None:
+    gc.collect()
+    if GPU:
+        torch.cuda.empty_cache()
+
+
+def time_steps(options: argparse.Namespace, preset: str, batch: int, way: str, figures: Figures) -> None:
+    """Of the fit and of the game: milliseconds of a step, images/s, share of the GPU's bfloat16 peak."""
+    model, settings, steps = read_preset(options, preset)
+    size, seconds = model.config.image_size, 0.05 if options.short else 1.0
+    images = to_pixel_values(torch.randint(0, 256, (batch, 3, size, size), dtype=torch.uint8, device=DEVICE))
+    if way == "two phases":
+        objective = settings.closed_loop_objective(num_classes=None)
+        players = tuple(torch.optim.Adam(part, 1e-4) for part in player_parameters(model))
+        with_plain_stages(model)
+
+        def rival() -> None:
+            with torch.autocast(DEVICE.type, torch.bfloat16):
+                two_phase_step(model, objective, players, images, None)
+
+        taken = milliseconds(rival, seconds)
+        figures |= {"game, ms": taken, "game, images/s": batch / taken * 1e3}
+        return
+    operations = {}
+    counted = Phases(copy.deepcopy(model), settings, steps)
+    for name in ("fit", "game"):
+        with CountOperations() as counter:
+            counted(name, images[:64])
+        operations[name] = counter.total / len(images[:64])
+    del counted
+    if way.startswith("compiled"):
+        torch._dynamo.reset()
+        functorch_config.donated_buffer = False  # as train.py
+        for player in (model.encoder, model.decoder):
+            player.compile(fullgraph=True)
+    peak = next((peak for name, peak in PEAKS.items() if GPU and name in torch.cuda.get_device_name()), None)
+    for name in ("fit", "game"):
+        phases = Phases(model, settings, steps, graphs=[name] if way.endswith("graph") else [])
+        taken = milliseconds(partial(phases, name, images), seconds)
+        images_a_second = batch / taken * 1e3
+        figures |= {f"{name}, ms": taken, f"{name}, images/s": images_a_second}
+        figures[f"{name}, TFLOP/s"] = operations[name] * images_a_second / 1e12
+        if peak:
+            figures[f"{name}, FLOP utilisation"] = operations[name] * images_a_second / peak
+        del phases
+        free_memory()
+    rival_row = Results(options.output).rows("steps").get(row_of_steps(preset, batch, "two phases"), {})
+    if "game, ms" in rival_row:
+        figures[f"times two phases (goal {GOAL})"] = rival_row["game, ms"] / figures["game, ms"]
+
+
+class CountOperations(TorchDispatchMode):
+    """Adds up what convolutions and products do: additions and multiplications."""
+
+    total = 0
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        output = function(*args, **(kwargs or {}))
+        if formula := flop_registry.get(function._overloadpacket):
+            self.total += formula(*args, **(kwargs or {}), out_val=output)
+        return output
+
+
+# Training
+
+
+def train(options: argparse.Namespace, graphs: list[str], figures: Figures) -> None:
+    """The phases of the preset, all longer or shorter by one factor, in `train_seconds` from here to their end, or in
+    what is left of them.
+    """
+    start = time.monotonic()
+    allowed = min(options.train_seconds, options.end - EVALUATION_SECONDS - start)
+    model, settings, preset_steps = read_preset(options, options.preset)
+    size, batch = model.config.image_size, options.batch_size or (8 if options.short else settings.train_batch_size)
+    pixels = read_pixels(options.data, "train", size).to(DEVICE)
+    generator = torch.Generator(DEVICE).manual_seed(settings.seed)
+
+    def draw(count: int) -> Tensor:
+        chosen = pixels[torch.randint(len(pixels), (count,), generator=generator, device=DEVICE)]
+        flips = torch.rand(count, 1, 1, 1, generator=generator, device=DEVICE) < 0.5
+        return to_pixel_values(torch.where(flips, chosen.flip(3), chosen))
+
+    def make_step(phases: Phases, name: str) -> dict[str, Tensor]:
+        return phases(name, draw(batch))
+
+    calibration = draw(CALIBRATION_IMAGES if GPU else 4 * batch)
+    trial = Phases(copy.deepcopy(model), settings, preset_steps, graphs=graphs)
+    planned = {name: count for name, count in preset_steps.items() if count}
+    timed = 0.05 if options.short else 0.5
+    spent = {name: milliseconds(partial(make_step, trial, name), timed) for name in planned}
+    del trial
+    free_memory()
+    setup = time.monotonic() - start
+    factor = (allowed - setup) * 1e3 / sum(spent[name] * count for name, count in planned.items())
+    steps = preset_steps | {name: max(1, int(count * factor)) for name, count in planned.items()}
+    figures |= {f"{name}, ms": taken for name, taken in spent.items()} | {"before the first step, s": setup}
+
+    phases, of_steps, history = Phases(model, settings, steps, graphs=graphs), StepFigures(), []
+    last = next(name for name in ("fit", "energy", "game") if steps[name])  # before the game, if anything is
+    for name, count in steps.items():
+        for step in range(count):
+            if step < REFINED_STEPS:
+                model.project_parameters()
+            of_steps.keep(step + 1, make_step(phases, name))
+            if (step + 1) % LOGGED_STEPS == 0 or step + 1 == count:
+                read = of_steps.read(everything=True)
+                history += [{"phase": name, "step": number, **values} for number, values in read]
+                if time.monotonic() - start > 1.1 * allowed:
+                    steps[name] = step + 1  # slower than in the trial
+                    break
+        phases.launches.pop(name)
+        free_memory()
+        if name == "energy" and count:
+            recompute_statistics(model, calibration, batch)
+            invert_encoder(model, calibration)
+        if name == last != "game":
+            recompute_statistics(model, calibration, batch)
+            phases.average.advance()
+            phases.average.update(phases.parameters)
+    logged = [json.dumps(record) for record in history if record["step"] % LOGGED_STEPS in (0, 1)]
+    (options.output / "history.jsonl").write_text("\n".join(logged) + "\n", encoding="utf-8")
+    figures |= {f"steps of {name}": count for name, count in steps.items()}
+    figures |= {"batch": batch, "training images": len(pixels), "all steps done, s": time.monotonic() - start}
+
+    folder = options.output / "model"
+    save_in_float16(evaluated_model(model, phases.average, calibration, batch), folder)
+    figures["model, MB"] = (folder / "model.safetensors").stat().st_size / 1e6
+    saved = AutoModel.from_pretrained(folder).to(DEVICE).eval()
+    held_out = to_pixel_values(read_pixels(options.data, "held_out", size))
+    figures |= {"held-out images": len(held_out)}
+    figures |= held_out_figures(saved, held_out, 256, settings.distortion)[0]
+
+
+def save_in_float16(model: CtrlCscModel, folder: Path) -> None:
+    """A folder that AutoModel and AutoImageProcessor load, the model in float32."""
+    halves: dict[int, Tensor] = {}  # one copy of weights that are shared
+    state = {name: halves.setdefault(t.data_ptr(), t.half().contiguous()) for name, t in model.state_dict().items()}
+    model.save_pretrained(folder, state_dict=state)
+    CtrlCscImageProcessor(image_size=model.config.image_size).save_pretrained(folder)
+
+
+# Tests
+
+
+def run_tests(options: argparse.Namespace, figures: Figures) -> None:
+    """Of tests/test_cuda.py, whose whole output is in tests.log: numbers of tests by outcome, and what failed."""
+    import pytest
+
+    arguments = ["-v", "-rfE", "-p", "no:cacheprovider", "--color=no", str(ROOT / "tests" / "test_cuda.py")]
+    with (options.output / "tests.log").open("w+", buffering=1, encoding="utf-8") as log:
+        with redirect_stdout(log), redirect_stderr(log):
+            pytest.main(arguments)
+        log.seek(0)
+        lines = log.read().splitlines() or ["nothing"]
+    outcomes = {name: int(count) for count, name in re.findall(r"(\d+) (passed|failed|skipped|errors?)\b", lines[-1])}
+    if not outcomes:
+        raise RuntimeError(f"pytest ended with: {lines[-1]}")
+    figures |= outcomes | {"failures": "; ".join(line for line in lines if line.startswith(("FAILED", "ERROR")))}
+
+
+# Pieces
+
+
+def row_of_steps(preset: str, batch: int, way: str) -> str:
+    return f"{preset}, batch {batch}, {way}"
+
+
+def plan_steps(options: argparse.Namespace) -> Plan:
+    nets = [("cifar10", 8)] if options.short else NETS
+    plain = [(*net, way) for net in nets for way in PLAIN_WAYS if GPU or way != "graph"]
+    compiled = [(*net, way) for net in nets[:3] for way in COMPILED_WAYS if GPU]
+    first = COMPILED_AFTER * len(PLAIN_WAYS)
+    order = plain[:first] + compiled[: len(COMPILED_WAYS)] + plain[first:] + compiled[len(COMPILED_WAYS) :]
+    return {row_of_steps(*row): partial(time_steps, options, *row) for row in order}
+
+
+def plan_train(options: argparse.Namespace) -> Plan:
+    """As graphs; where that failed without the game's, then eagerly."""
+    ways = {"graph": ["energy", "fit", "game"], "graph but for the game": ["energy", "fit"], "eager": []}
+    plan, found = {}, Results(options.output).rows("train")
+    for way, graphs in ways.items():
+        if GPU or not graphs:
+            plan[row := f"{options.preset}, {way}"] = partial(train, options, graphs)
+            if "error" not in found.get(row, {}):
+                break
+    return plan
+
+
+PIECES = {  # each with its limit in seconds; of the training, options.train_seconds come on top
+    "tests": (lambda options: {"tests/test_cuda.py": partial(run_tests, options)}, 120),
+    "steps": (plan_steps, 220),
+    "train": (plan_train, EVALUATION_SECONDS + 10),
+}
+
+
+def rows_left(piece: str, options: argparse.Namespace) -> Plan:
+    found = Results(options.output).rows(piece)
+    return {row: run for row, run in PIECES[piece][0](options).items() if row not in found}
+
+
+def work(piece: str, options: argparse.Namespace) -> None:
+    """The rows of a piece that are left, up to the first that fails: CUDA may be of no use to this process then."""
+    results = Results(options.output)
+    for row, run in rows_left(piece, options).items():
+        figures: Figures = {}
+        try:
+            run(figures)
+        except Exception as error:
+            traceback.print_exc()
+            figures["error"] = f"{type(error).__name__}: {error}".split("\n")[0][:200]
+        figures["device"] = f"{torch.cuda.get_device_name() if GPU else 'CPU'}, torch {torch.__version__}"
+        results.add(piece, row, figures)
+        if "error" in figures:
+            sys.exit(1)
+        free_memory()
+
+
+def run_piece(piece: str, options: argparse.Namespace) -> None:
+    """Starts processes for `work` until no row is left or the piece's time is over."""
+    limit = PIECES[piece][1] + (options.train_seconds if piece == "train" else 0)
+    options.end = time.monotonic() + limit
+    # CUDA needs a fresh process; elsewhere a copy of this one saves the imports.
+    processes = multiprocessing.get_context("spawn" if GPU else "fork")
+    while left := list(rows_left(piece, options)):
+        process = processes.Process(target=work, args=(piece, options))
+        process.start()
+        process.join(max(0.0, options.end - time.monotonic()))
+        is_late = process.is_alive()
+        if is_late:
+            process.kill()
+            process.join()
+        unfinished = next(iter(rows_left(piece, options)), None)
+        if unfinished and is_late:
+            Results(options.output).add(piece, unfinished, {"error": f"stopped, {piece} may take {limit:.0f} s"})
+            return
+        if unfinished == left[0]:
+            reason = f"its process ended with {process.exitcode}"
+            Results(options.output).add(piece, unfinished, {"error": reason})
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("action", nargs="?", choices=("run", "pack"), default="run")
+    parser.add_argument("--output", type=Path, required=True, help="folder of the results; of pack, its file")
+    parser.add_argument("--data", type=Path, help="file that pack wrote, for the piece train")
+    parser.add_argument("--pieces", nargs="+", choices=list(PIECES), default=list(PIECES))
+    parser.add_argument("--preset", default="cifar10", help="what to train")
+    parser.add_argument("--batch_size", type=int, help="of the training; by default the preset's")
+    parser.add_argument("--train_seconds", type=float, default=180.0, help="decoding, timing and all steps")
+    parser.add_argument("--short", action="store_true", help="tiny nets: tests the command, its figures mean nothing")
+    parser.add_argument("--dataset", help="of pack: a Hub id, or a folder")
+    parser.add_argument("--split", default="train", help="of pack: what to train on")
+    parser.add_argument("--half", type=int, choices=(0, 1), help="of pack: every other image of it")
+    parser.add_argument("--held_out_split", default="test", help="of pack: what to measure on")
+    options = parser.parse_args(arguments)
+    if options.action == "pack":
+        if not options.dataset:
+            parser.error("pack needs --dataset")
+        return pack(
+            options.dataset, {"train": options.split, "held_out": options.held_out_split}, options.half, options.output
+        )
+    if "train" in options.pieces and not (options.data and options.data.is_file()):
+        parser.error(f"--data must be a file that pack wrote, for the piece train, got {options.data}")
+    for piece in options.pieces:
+        run_piece(piece, options)
+
+
+if __name__ == "__main__":
+    main()
