@@ -348,6 +348,8 @@ class _Fista:
     shrinkage are part of the atoms, the threshold of non-negative codes is a bias, and sums happen in place.
     """
 
+    shares: tuple[list[Tensor], list[Tensor]] = ([], [])  # of a backward pass: see `_SignalGradient`
+
     def __init__(
         self,
         atoms: Tensor,
@@ -481,7 +483,7 @@ class _AtomsGradient(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         fista, trajectory = ctx.fista, ctx.saved_tensors
-        (h, r), fista.shares = fista.shares, None
+        (h, r), fista.shares = fista.shares, ([], [])
         residuals, points = trajectory[: len(h)], trajectory[len(h) :]
         of_atoms = fista.scale * fista.atoms_gradient(torch.cat(residuals), torch.cat(h), ctx.shape)
         if points:
