@@ -64,7 +64,7 @@ def play(options: dict[str, Any], dtype: torch.dtype, sizes: list[tuple[int, ...
     return {"weights": model.state_dict(), "figures": vars(figures)}
 
 
-@pytest.fixture(scope="module", params=[2, 3])
+@pytest.fixture(scope="module", params=[pytest.param(2, marks=pytest.mark.slow), 3])
 def found(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> list[Any]:
     """What this file's main saves in each of 2 and of 3 processes."""
     world_size, folder = request.param, tmp_path_factory.mktemp("processes")

@@ -332,7 +332,7 @@ def code_blocks(card: str) -> list[str]:
 
 
 @needs_downloaded_code
-@pytest.mark.parametrize("card", ["published", "form"])
+@pytest.mark.parametrize("card", ["published", pytest.param("form", marks=pytest.mark.slow)])
 def test_every_python_block_of_a_card_runs_as_it_stands(card: str, checkpoint: Path, tmp_path: Path) -> None:
     """Against a Hub that has the repository of the card's name; the form's stands for what it will be filled with."""
     name = REPOSITORY if card == "published" else "ORGANIZATION/ctrl-csc-imagenet"

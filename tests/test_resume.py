@@ -107,7 +107,7 @@ def assert_same_bits(first: dict[str, torch.Tensor], second: dict[str, torch.Ten
 @pytest.mark.parametrize(
     ("processes", "kills", "shared"),
     [
-        (1, 2, True),
+        pytest.param(1, 3, True, marks=pytest.mark.slow),
         (2, 1, False),
         pytest.param(1, 10, False, marks=pytest.mark.slow),
         pytest.param(2, 10, True, marks=pytest.mark.slow),
@@ -129,7 +129,7 @@ def test_a_run_killed_at_random_moments_ends_with_the_bits_of_one_never_stopped(
     assert not list(killed.folder.glob(".checkpoint-*"))  # what a kill left half written is gone
 
 
-@pytest.mark.parametrize(("killed", "shared"), [(False, False), (True, True)])
+@pytest.mark.parametrize(("killed", "shared"), [pytest.param(False, False, marks=pytest.mark.slow), (True, True)])
 def test_a_run_that_ends_before_the_game_goes_on_from_there(
     new_run: Callable[..., Run], killed: bool, shared: bool
 ) -> None:
@@ -149,7 +149,7 @@ def test_a_run_that_ends_before_the_game_goes_on_from_there(
     assert_same_bits(run.to_the_end(*flags), new_run("whole", shared=shared).to_the_end(*flags))
 
 
-@pytest.mark.parametrize("processes", [1, 2])
+@pytest.mark.parametrize("processes", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_sigterm_saves_a_checkpoint_and_ends_the_run_cleanly(new_run: Callable[..., Run], processes: int) -> None:
     run = new_run("stopped", processes)
     flags = ("--max_train_steps=100000", "--checkpointing_steps=100000", "--dataloader_num_workers=2")

@@ -266,7 +266,7 @@ def test_other_folders_and_files_beside_the_checkpoints_stay_and_stop_nothing(tr
     assert names == {"checkpoint-6", "checkpoint-7", "checkpoint-9.zip", "checkpoint-best", "checkpoint-4-backup"}
 
 
-@pytest.mark.parametrize("size", [16, 28, 48])
+@pytest.mark.parametrize("size", [16, 28, pytest.param(48, marks=pytest.mark.slow)])
 def test_a_folder_and_an_output_are_enough_whatever_the_resolution(
     size: int, image_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
