@@ -24,8 +24,9 @@ CONFIG = {
     "num_iterations": 2,
 }
 SHAPES = list(zip(CONFIG["strides"], CONFIG["paddings"], strict=True))
-ARCHITECTURES = list(itertools.product([False, True], ["batch_norm", "inverse"]))
+ARCHITECTURES = list(itertools.product([False, True], ["batch_norm", "inverse", "low_pass"]))
 ARCHITECTURE_IDS = [f"{'shared' if shared else 'separate'}-{norm}" for shared, norm in ARCHITECTURES]
+OF_CODES = {"code_reduction": (0.6, 0.3), "code_consistency": 0.9, "pixel_error": 1.7}
 WEIGHTS = ("encoder_consistency", "decoder_consistency", "augmentation_consistency", "energy")
 NUM_CLASSES = 4
 LABELS = torch.tensor([0, 1, 1, 0, 3, 1, 0, 0, 3, 1])  # of class 2 there is none
@@ -41,7 +42,11 @@ def _float64():
 def build_model(shared=False, normalization="batch_norm", **options) -> CtrlCscModel:
     """A model in training, off its initial values: running statistics, gammas, biases, output scale."""
     torch.manual_seed(0)
-    options = CONFIG | {"share_dictionaries": shared, "decoder_normalization": normalization} | options
+    options = CONFIG | {"share_dictionaries": shared} | options
+    if normalization == "low_pass":
+        options |= {"low_pass": True, "sparsity": [0.05, 0.02], "num_iterations": [2, 3], "step_size": 1.3}
+    else:
+        options |= {"decoder_normalization": normalization}
     model = CtrlCscModel(CtrlCscConfig(**options)).train()
     model.project_parameters()
     with torch.no_grad():
@@ -99,21 +104,32 @@ class Reference:
         return gamma[:, None, None] * normalized + beta[:, None, None]
 
     def encode(self, x, update: bool = False, reuse: bool = False):
-        """z = f(x), and the sparse-coding energy of each image per pixel."""
-        sparsity, ridge, energy = self.config.sparsity, self.config.ridge, 0.0
-        signal = x
+        """z = f(x), and the sparse-coding energy of each image per pixel; `normalized` are the stages' codes."""
+        self.normalized = []
+        ridge, energy = self.config.ridge, 0.0
+        signal, low = x, None
+        if self.config.low_pass:
+            low = self.low_pass(x)
+            signal = (x - F.interpolate(low, scale_factor=2, mode="bilinear")) / 0.2
         for layer, (stride, padding) in enumerate(SHAPES[:-1]):
+            sparsity, steps = (
+                np.broadcast_to(value, 2)[layer] for value in (self.config.sparsity, self.config.num_iterations)
+            )
+            momentum = [0, 0, (math.sqrt(5) - 1) / 2 / ((1 + math.sqrt(1 + (1 + math.sqrt(5)) ** 2)) / 2)]
             atoms = self.theta[f"stages.{layer}.dictionary"]
-            step = 0.9 / self.stages[layer].operator_norm.item() ** 2
-            codes = 0.0
-            for iteration in range(2):
-                residual = signal - F.conv_transpose2d(codes, atoms, None, stride, padding) if iteration else signal
-                ascent = codes + step * F.conv2d(residual, atoms, None, stride, padding)
-                codes = (ascent - step * sparsity).clamp(min=0) / (1 + step * ridge)
+            step = self.config.step_size / self.stages[layer].operator_norm.item() ** 2
+            codes = previous = 0.0
+            for iteration in range(steps):
+                point = codes + momentum[iteration] * (codes - previous)
+                residual = signal - F.conv_transpose2d(point, atoms, None, stride, padding) if iteration else signal
+                ascent = point + step * F.conv2d(residual, atoms, None, stride, padding)
+                previous, codes = codes, (ascent - step * sparsity).clamp(min=0) / (1 + step * ridge)
             misfit = signal - F.conv_transpose2d(codes, atoms, None, stride, padding)
             terms = (sparsity * codes, ridge / 2 * codes**2, misfit**2 / 2)
             energy = energy + sum(term.sum(dim=(1, 2, 3)) for term in terms)
-            signal = self.batch_norm("encoder", layer, codes, update, reuse)
+            carried = codes if layer or low is None else torch.cat([codes, low], dim=1)
+            signal = self.batch_norm("encoder", layer, carried, update, reuse)
+            self.normalized.append(signal)
         vector = F.conv2d(signal, self.theta["last_stage.dictionary"])
         misfit = signal - F.conv_transpose2d(vector, self.theta["last_stage.dictionary"])
         energy = energy + (misfit**2 / 2).sum(dim=(1, 2, 3))
@@ -140,27 +156,51 @@ class Reference:
                 codes = self.batch_norm("decoder", layer, signal, update)
             stride, padding = SHAPES[layer]
             atoms = self.eta[f"stages.{layer}.dictionary"]
+            codes, low = codes[:, : len(atoms)], codes[:, len(atoms) :]
             signal = F.conv_transpose2d(codes.clamp(min=0), atoms, None, stride, padding)
         scale, bias = self.eta["output_scale"], self.eta["output_bias"]
-        return torch.tanh(scale[:, None, None] * signal + bias[:, None, None])
+        pixels = scale[:, None, None] * signal + bias[:, None, None]
+        if self.config.low_pass:
+            pixels = pixels + F.interpolate(low, scale_factor=2, mode="bilinear")
+        return torch.tanh(pixels)
+
+    def low_pass(self, x):
+        """Means of 4x4 pixels, 2 pixels apart, of those inside the image."""
+        inside = F.pad(torch.ones_like(x), [1] * 4)
+        sums = [
+            F.unfold(F.pad(y, [1] * 4) if y is x else y, 4, stride=2).unflatten(1, (3, 16)).sum(dim=2)
+            for y in (x, inside)
+        ]
+        return (sums[0] / sums[1]).unflatten(2, (4, 4))
 
     def encoder_terms(self, settings: ClosedLoopObjective, x, augmented, update: bool = False):
-        """J, S, S between z and z_a, E: what L_f weighs, with xh = g(z) a constant."""
+        """J of the latents and of each stage, S, S between z and z_a, E: what L_f weighs, with xh = g(z) a constant."""
         z, energy = self.encode(x, update)
+        codes = self.normalized
         zh, _ = self.encode(self.decode(z).detach(), reuse=self.reuse)
+        codes_again = self.normalized
         z_augmented, _ = self.encode(augmented)
         return (
             utility(settings, z, zh),
+            [code_difference(*pair) for pair in zip(codes, codes_again, strict=True)],
             consistency(settings, z, zh),
             consistency(settings, z, z_augmented),
             energy.mean(),
         )
 
     def decoder_terms(self, settings: ClosedLoopObjective, x, update: bool = False):
-        """J, S: what L_g weighs, with z a constant."""
+        """J of the latents and of each stage, S, S_c and the error of pixels: what L_g weighs, with f(x) a constant."""
         z = self.encode(x)[0].detach()
-        zh, _ = self.encode(self.decode(z, update), reuse=self.reuse)
-        return utility(settings, z, zh), consistency(settings, z, zh)
+        codes = [c.detach() for c in self.normalized]
+        xh = self.decode(z, update)
+        zh, _ = self.encode(xh, reuse=self.reuse)
+        return (
+            utility(settings, z, zh),
+            [code_difference(*pair) for pair in zip(codes, self.normalized, strict=True)],
+            consistency(settings, z, zh),
+            sum(F.mse_loss(c, again) for c, again in zip(codes, self.normalized, strict=True)),
+            F.mse_loss(xh, x) / 2,
+        )
 
     def gradients(self, loss, parameters) -> dict[str, torch.Tensor]:
         found = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True, retain_graph=True)
@@ -200,6 +240,21 @@ def difference(z, zh):
     return rate(torch.cat([z, zh])) - (rate(z) + rate(zh)) / 2
 
 
+def code_difference(codes, again):
+    """dR of a stage, from the covariances of its codes' rows."""
+    both = [c.permute(0, 2, 3, 1).reshape(-1, c.shape[1]) for c in (codes, again)]
+    covariances = [rows.T @ rows / len(rows) / 0.5 for rows in both]
+    covariances.append((covariances[0] + covariances[1]) / 2)
+    first, second, union = (torch.linalg.eigvalsh(torch.eye(len(c)) + c).log().sum() / 2 for c in covariances)
+    return union - (first + second) / 2
+
+
+def of_stages(settings: ClosedLoopObjective, reductions):
+    return sum(
+        w * r for w, r in zip(np.broadcast_to(settings.code_reduction, len(reductions)), reductions, strict=True)
+    )
+
+
 def utility(settings: ClosedLoopObjective, z, zh):
     if settings.objective == "binary":
         return difference(z, zh)
@@ -218,14 +273,20 @@ def consistency(settings: ClosedLoopObjective, z, zh):
 
 
 def encoder_loss(settings: ClosedLoopObjective, terms):
-    j, s, s_augmented, energy = terms
-    loss = -j + settings.encoder_consistency * s + settings.augmentation_consistency * s_augmented
+    j, reductions, s, s_augmented, energy = terms
+    loss = (
+        -j
+        - of_stages(settings, reductions)
+        + settings.encoder_consistency * s
+        + settings.augmentation_consistency * s_augmented
+    )
     return loss + settings.energy * energy
 
 
 def decoder_loss(settings: ClosedLoopObjective, terms):
-    j, s = terms
-    return j + settings.decoder_consistency * s
+    j, reductions, s, s_codes, error = terms
+    loss = j + of_stages(settings, reductions) + settings.decoder_consistency * s
+    return loss + settings.code_consistency * s_codes + settings.pixel_error * error
 
 
 def make_objective(objective="binary", **options) -> ClosedLoopObjective:
@@ -266,6 +327,8 @@ def test_gradients_of_both_players_equal_two_separate_passes_with_every_weight_o
     decoder_terms = reference.decoder_terms(make_objective(objective, **options), x)
     for values in itertools.product((0.0, 0.7), (0.0, 1.3), (0.0, 0.4), (0.0, 0.2)):
         weights = dict(zip(WEIGHTS, values, strict=True))
+        if (np.array(values) > 0).sum() % 2:  # with half of them, too
+            weights |= OF_CODES
         settings = make_objective(objective, **options, **weights)
         expected_encoder = reference.gradients(encoder_loss(settings, encoder_terms), reference.theta)
         expected_decoder = reference.gradients(decoder_loss(settings, decoder_terms), reference.eta)
@@ -276,6 +339,42 @@ def test_gradients_of_both_players_equal_two_separate_passes_with_every_weight_o
             expected = expected_encoder if half == "encoder" else expected_decoder
             assert_close(gradient, expected[local], f"{name} with {weights}")
             assert "dictionary" not in name or gradient.abs().max() > 1e-4
+
+
+@pytest.mark.parametrize("name", OF_CODES)
+def test_each_term_of_the_codes_alone_has_the_gradient_of_its_definition(name):
+    model, settings = build_model(), make_objective(**{name: OF_CODES[name]})
+    reference = Reference(model, "images")
+    x = batch()
+    expected_encoder = encoder_loss(settings, reference.encoder_terms(settings, x, batch(seed=2), update=True))
+    expected_decoder = decoder_loss(settings, reference.decoder_terms(settings, x))
+    expected = {f"encoder.{key}": g for key, g in reference.gradients(expected_encoder, reference.theta).items()}
+    expected |= {f"decoder.{key}": g for key, g in reference.gradients(expected_decoder, reference.eta).items()}
+    for parameter, gradient in backward_gradients(model, settings, "images").items():
+        assert_close(gradient, expected[parameter], parameter)
+
+
+def test_a_player_that_stands_still_keeps_all_that_is_its_own_and_the_other_plays_as_before():
+    settings = make_objective(**OF_CODES, decoder_consistency=0.5)
+    both, alone = build_model(), build_model()
+    before = copy.deepcopy(alone.encoder.state_dict())
+    for model, players in ((both, ("encoder", "decoder")), (alone, ("decoder",))):
+        optimizers = (torch.optim.SGD(p, lr=0.1) for p in player_parameters(model))
+        loop = ClosedLoop(model, settings, *optimizers, reconstruction_statistics="images", players=players)
+        loop.step(batch())
+    for name, tensor in alone.encoder.state_dict().items():
+        assert "operator" in name or "singular" in name or torch.equal(tensor, before[name]), name
+    for name, parameter in alone.decoder.named_parameters():
+        assert_close(parameter, both.decoder.get_parameter(name), name)
+
+
+def test_weights_of_the_codes_are_one_a_stage_or_one_for_all_and_none_is_negative():
+    loop = make_objective(code_reduction=[0.1, 0.2, 0.3])
+    with pytest.raises(ValueError, match=r"code_reduction must be one number or 2, one a stage, got \[0.1, 0.2, 0.3\]"):
+        loop.stage_weights(2)
+    for weights in ({"code_reduction": [0.1, -1.0]}, {"code_consistency": -1.0}, {"pixel_error": float("inf")}):
+        with pytest.raises(ValueError, match=f"{next(iter(weights))} must be a finite number of at least 0"):
+            make_objective(**weights)
 
 
 @pytest.mark.parametrize("weight", [0.0, 0.7])
@@ -295,12 +394,14 @@ def test_gradient_checkpointing_changes_no_gradient_of_the_game(shared, normaliz
 
 def test_losses_and_figures_are_those_of_the_definitions():
     model = build_model()
-    settings = make_objective("multi", **dict.fromkeys(WEIGHTS, 0.5))
+    settings = make_objective("multi", **dict.fromkeys(WEIGHTS, 0.5), **OF_CODES)
     reference = Reference(model)
     x, augmented = batch(), batch(seed=2)
     z, _ = reference.encode(x)
+    codes = reference.normalized
     xh = reference.decode(z)
     zh, _ = reference.encode(xh)
+    pairs = list(zip(codes, reference.normalized, strict=True))
     loop = ClosedLoop(model, settings, *(torch.optim.SGD(p, lr=0.1) for p in player_parameters(model)))
     figures = loop.step(x, LABELS, augmented)
     assert_close(figures.encoder_loss, encoder_loss(settings, reference.encoder_terms(settings, x, augmented)).detach())
@@ -309,6 +410,8 @@ def test_losses_and_figures_are_those_of_the_definitions():
     assert_close(figures.rate, rate(z).detach())
     assert_close(figures.reconstructed_rate, rate(zh).detach())
     assert_close(figures.consistency, consistency(settings, z, zh).detach())
+    assert_close(figures.code_reduction, sum(code_difference(*pair) for pair in pairs).detach())
+    assert_close(figures.code_consistency, sum(F.mse_loss(*pair) for pair in pairs).detach())
     error = ((x - xh).detach().numpy() ** 2).mean(axis=(1, 2, 3))
     assert figures.psnr.item() == pytest.approx((10 * np.log10(2**2 / error)).mean(), rel=1e-5)
     assert not any(figure.requires_grad for figure in vars(figures).values())

@@ -28,16 +28,22 @@ CONFIG = {
     "sparsity": 0.05,
     "ridge": 0.2,
 }
-ARCHITECTURES = list(itertools.product([False, True], ["batch_norm", "inverse"]))
+ARCHITECTURES = list(itertools.product([False, True], ["batch_norm", "inverse", "low_pass"]))
 IDS = [f"{'shared' if shared else 'separate'}-{normalization}" for shared, normalization in ARCHITECTURES]
 every_architecture = pytest.mark.parametrize(("shared", "normalization"), ARCHITECTURES, ids=IDS)
+
+
+def architecture(shared, normalization):
+    options = CONFIG | {"share_dictionaries": shared}
+    if normalization == "low_pass":
+        return options | {"low_pass": True, "sparsity": [0.05, 0.02], "num_iterations": [2, 3], "step_size": 1.3}
+    return options | {"decoder_normalization": normalization}
 
 
 def build_model(shared=False, normalization="batch_norm", **options) -> CtrlCscModel:
     """A model in evaluation, off its initial values as after training."""
     torch.manual_seed(0)
-    options = CONFIG | {"share_dictionaries": shared, "decoder_normalization": normalization} | options
-    model = CtrlCscModel(CtrlCscConfig(**options)).train()
+    model = CtrlCscModel(CtrlCscConfig(**architecture(shared, normalization) | options)).train()
     with torch.no_grad():
         for half in (model.encoder, model.decoder):
             for norm in half.norms:
@@ -288,9 +294,8 @@ def test_an_image_normalised_by_the_statistics_of_the_batch_before_has_the_laten
 
 @every_architecture
 def test_new_model_has_unit_atoms_and_the_operator_norms_that_belong_to_them(shared, normalization):
-    options = CONFIG | {"share_dictionaries": shared, "decoder_normalization": normalization}
     torch.manual_seed(0)
-    model = CtrlCscModel(CtrlCscConfig(**options))
+    model = CtrlCscModel(CtrlCscConfig(**architecture(shared, normalization)))
     for dictionary in model.dictionaries():
         norms = dictionary.dictionary.detach().flatten(1).norm(dim=1)
         torch.testing.assert_close(norms, torch.ones_like(norms))
@@ -451,7 +456,8 @@ def test_configuration_loads_as_it_was_saved(saved):
     for name, (shared, normalization) in zip(IDS, ARCHITECTURES, strict=True):
         config = AutoConfig.from_pretrained(saved[0] / name)
         assert isinstance(config, CtrlCscConfig)
-        assert (config.share_dictionaries, config.decoder_normalization) == (shared, normalization)
+        expected = architecture(shared, normalization)
+        assert {field: getattr(config, field) for field in expected} == expected
         assert {field: getattr(config, field) for field in CONFIG} == CONFIG
 
 
@@ -555,11 +561,14 @@ def test_latents_of_the_wrong_size_are_an_error_that_names_both_sizes(shape):
         ("num_iterations", 0, "a positive integer"),
         ("sparsity", -0.1, "a finite number of at least 0"),
         ("sparsity", float("nan"), "a finite number of at least 0"),
+        ("step_size", 1.4, "above 0 and below 4/3"),
         ("ridge", float("inf"), "a finite number of at least 0"),
         ("decoder_normalization", "layer_norm", r"one of \('batch_norm', 'inverse'\)"),
         ("tie_word_embeddings", False, "True"),
         ("image_size", 8.5, "expected int"),
         ("sparsity", "much", "expected float"),
+        ("sparsity", [0.1, 0.2, 0.3], "or a list of 2, one a sparse-coding stage"),
+        ("num_iterations", [2, 0], "a positive integer, or a list of 2"),
         ("strides", "221", "list"),
         ("share_dictionaries", "yes", "expected bool"),
     ],

@@ -86,4 +86,5 @@ class SquaredErrorLoop(ClosedLoop):
             _, rates = self.objective.utility(z, zh, labels)
             consistency = self.objective.self_consistency(z, zh).sum() / count
         loss.backward()
-        return self._figures(pixel_values, xh, loss.new_zeros(()), rates, consistency, loss, loss, count)
+        zero = loss.new_zeros(())
+        return self._figures(pixel_values, xh, zero, rates, zero, (consistency, zero), loss, loss, count)

@@ -29,7 +29,8 @@ STAGES = ("stage_channels", "kernel_sizes", "strides", "paddings")  # of a confi
 # Settings that may not change when a run is resumed: the steps before would have been other ones, or the images or
 # their order.
 FIXED = (
-    "dataset_config_name", "deconvolution_warmup_steps", "encoder", "energy_warmup_steps", "label_column",
+    "dataset_config_name", "deconvolution_warmup_steps", "encoder", "energy_warmup_steps", "keep_dictionaries",
+    "label_column",
     "num_validation_images", "pretrained_model_name_or_path", "seed", "shuffle_buffer", "streaming", "train_split",
     "use_ema", "validation_split",
 )  # fmt: skip
@@ -99,6 +100,12 @@ class TrainingSettings:
     decoder_consistency: float = option(10.0, "w_g, weight of self-consistency in the decoder's loss.")
     augmentation_consistency: float = option(0.0, "w_a, weight of consistency with augmented images.")
     energy: float = option(0.0, "w_E, weight of the sparse-coding energy.")
+    code_reduction: list[float] = field(
+        default_factory=lambda: [0.0],
+        metadata={"help": "w_l, weight of the rate reduction between the codes of a stage: of all stages, or of each."},
+    )
+    code_consistency: float = option(0.0, "w_c, weight of the codes' squared difference in the decoder's loss.")
+    pixel_error: float = option(0.0, "w_x, weight of the squared error of pixels in the decoder's loss.")
 
     reconstruction_statistics: str = option(
         "own", "What the encoder's batch norms normalise reconstructions by: own, their own batch's, or images."
@@ -122,9 +129,14 @@ class TrainingSettings:
     deconvolution_warmup_learning_rate: float = option(2e-3, "Learning rate of those, which falls to zero.")
 
     # Optimisation
+    keep_dictionaries: bool = option(
+        False, "Leave the encoder's dictionaries, in the fit and the game, as the sparse-coding energy made them."
+    )
     max_train_steps: int = option(45_000, "Steps of the game, which follow those before it.")
     train_batch_size: int = option(256, "Images a step.")
-    encoder_learning_rate: float = option(1.5e-4, "Learning rate of the encoder, and of what the players share.")
+    encoder_learning_rate: float = option(
+        1.5e-4, "Learning rate of the encoder, and of what the players share; at 0 the decoder plays alone."
+    )
     decoder_learning_rate: float = option(5e-4, "Learning rate of the decoder.")
     lr_scheduler: str = option("linear", f"One of {list(SCHEDULERS)}.")
     lr_warmup_steps: int = option(0, "Steps of linear warm-up.")
@@ -171,8 +183,11 @@ class TrainingSettings:
                      "dataloader_num_workers", "seed"):  # fmt: skip
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must be at least 0, got {getattr(self, name)!r}")
-        for name in ("encoder_learning_rate", "decoder_learning_rate", "energy_warmup_learning_rate",
-                     "deconvolution_warmup_learning_rate"):  # fmt: skip
+        if not 0 <= self.encoder_learning_rate < float("inf"):
+            raise ValueError(
+                f"encoder_learning_rate must be a number of at least 0, got {self.encoder_learning_rate!r}"
+            )
+        for name in ("decoder_learning_rate", "energy_warmup_learning_rate", "deconvolution_warmup_learning_rate"):
             if not 0 < getattr(self, name) < float("inf"):
                 raise ValueError(f"{name} must be a positive number, got {getattr(self, name)!r}")
         for name in ("adam_beta1", "adam_beta2", "ema_decay"):
@@ -212,6 +227,9 @@ class TrainingSettings:
             decoder_consistency=self.decoder_consistency,
             augmentation_consistency=self.augmentation_consistency,
             energy=self.energy,
+            code_reduction=self.code_reduction if len(self.code_reduction) > 1 else self.code_reduction[0],
+            code_consistency=self.code_consistency,
+            pixel_error=self.pixel_error,
         )
 
 

@@ -42,10 +42,10 @@ from stream import ImageLoader, ImageStream
 from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import AutoModel, PreTrainedConfig, get_scheduler
-from warmup import Descent, deconvolution_error, invert_encoder, sparse_coding_energy
+from warmup import Descent, deconvolution_error, invert_encoder, principal_directions, sparse_coding_energy
 
 from ctrl_csc_hf import CtrlCscConfig, CtrlCscModel
-from ctrl_csc_hf.closed_loop import player_parameters
+from ctrl_csc_hf.closed_loop import PLAYERS, player_parameters
 from ctrl_csc_hf.encoding import find_columns
 from ctrl_csc_hf.hub import publication_terms, publish
 from ctrl_csc_hf.rate_reduction import SMALL_CLASS
@@ -53,7 +53,10 @@ from ctrl_csc_hf.rate_reduction import SMALL_CLASS
 logger = logging.getLogger(__name__)
 
 # What the progress bar tells of a step
-SHOWN = {"loss": "loss", "rate_reduction": "dR", "rate": "R(Z)", "reconstructed_rate": "R(Zh)", "psnr": "PSNR (dB)"}
+SHOWN = {
+    "loss": "loss", "rate_reduction": "dR", "code_reduction": "dR(C)", "rate": "R(Z)", "reconstructed_rate": "R(Zh)",
+    "psnr": "PSNR (dB)",
+}  # fmt: skip
 
 
 def main(settings: TrainingSettings, config: CtrlCscConfig) -> Path:
@@ -123,6 +126,13 @@ def main(settings: TrainingSettings, config: CtrlCscConfig) -> Path:
         functorch_config.donated_buffer = False  # a step of the game goes back through its graph twice
         for player in (model.encoder, model.decoder):
             player.compile(fullgraph=True)
+    of_energy = [*model.encoder.stages.parameters(), *model.encoder.norms.parameters()]
+
+    def learn_from_energy_alone(alone: bool) -> None:
+        for parameter in of_energy:
+            parameter.requires_grad_(not alone)
+
+    learn_from_energy_alone(settings.keep_dictionaries)
     energy = Descent(sparse_coding_energy, model, settings.energy_warmup_steps, settings.energy_warmup_learning_rate)
     fit = Descent(
         deconvolution_error, model, settings.deconvolution_warmup_steps, settings.deconvolution_warmup_learning_rate
@@ -141,6 +151,7 @@ def main(settings: TrainingSettings, config: CtrlCscConfig) -> Path:
         *optimizers,
         play=settings.play,
         reconstruction_statistics=settings.reconstruction_statistics,
+        players=PLAYERS if settings.encoder_learning_rate else PLAYERS[1:],
     )
 
     # The record
@@ -252,9 +263,12 @@ def main(settings: TrainingSettings, config: CtrlCscConfig) -> Path:
 
     def prepare() -> None:
         if energy.steps and not fit.done:
+            learn_from_energy_alone(False)
             make_steps("before the game: sparse-coding energy", -fit.steps, energy.steps, descend(energy))
+            learn_from_energy_alone(settings.keep_dictionaries)
             energy.optimizer.state.clear()  # of no use to later checkpoints
             recompute_statistics(model, calibration, settings.train_batch_size)
+            principal_directions(model, calibration.to(accelerator.device), settings.train_batch_size)
             invert_encoder(model, calibration.to(accelerator.device))
         if fit.steps:
             make_steps("before the game: deconvolution error", 0, fit.steps, descend(fit))

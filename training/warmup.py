@@ -1,4 +1,5 @@
-"""Before the game: dictionaries from the sparse-coding energy of images alone, a decoder that inverts f, a fit of both.
+"""Before the game: dictionaries from the sparse-coding energy of images alone, the principal directions of their codes,
+a decoder that inverts f, a fit of both.
 
 The game then begins with reconstructions of their images, which a decoder with random dictionaries has to find first,
 against an encoder that moves on.
@@ -19,8 +20,11 @@ FIT_ITERATIONS = 30
 
 
 def sparse_coding_energy(model: CtrlCscModel, images: Tensor) -> Tensor:
-    """E, the energies of the encoder's stages in all, per pixel: images (n, C, H, W) -> (n,). Not of the decoder."""
-    return model.encode(images, output_energy=True).energy
+    """E, the energies of the encoder's stages in all, per pixel: images (n, C, H, W) -> (n,). Not of the decoder.
+
+    Each stage takes its signal as it comes: by the dictionary of a stage that codes little the next one's energy falls.
+    """
+    return model.encode(images, output_energy=True, detach_signals=True).energy
 
 
 def deconvolution_error(model: CtrlCscModel, images: Tensor) -> Tensor:
@@ -76,8 +80,33 @@ class Descent:
 
 @torch.no_grad()
 @torch.compiler.set_stance("force_eager")  # nothing is to be compiled for one call on another number of images
+def principal_directions(model: CtrlCscModel, images: Tensor, batch_size: int) -> None:
+    """Gives the encoder's last stage the principal directions of its signals: the minimum of its energy, as lambda = 0.
+
+    Args:
+        images: (n, C, H, W), pixels in [-1, 1]; with fewer than latent_dim of them the atoms that are left stay.
+        batch_size: images a batch of those.
+    """
+    last = model.encoder.last_stage
+    signals = torch.cat(
+        [
+            model.encode(batch, output_normalized_codes=True, update_statistics=False).normalized_codes[-1].flatten(1)
+            for batch in images.split(batch_size)
+        ]
+    ).float()
+    values, vectors = torch.linalg.eigh((signals @ signals.T).double())  # of the n x n matrix: n is the smaller
+    count = min(len(last.dictionary), int((values > values[-1] * len(values) * torch.finfo(torch.float32).eps).sum()))
+    values, vectors = values[-count:].flip(0), vectors[:, -count:].flip(1)
+    atoms = (vectors / values.sqrt()).T.to(signals) @ signals
+    last.dictionary[:count] = atoms.view(-1, *last.dictionary.shape[1:])
+    last.normalize_atoms()
+
+
+@torch.no_grad()
+@torch.compiler.set_stance("force_eager")
 def invert_encoder(model: CtrlCscModel, images: Tensor) -> None:
-    """Gives the decoder the encoder's dictionaries, and batch norms that make its codes look like the encoder's.
+    """Gives the decoder the encoder's dictionaries, and an affine map a channel, that make what it has look like what
+    the encoder had: batch norms for the codes, the output's for the pixels.
 
     What passed the latents has lost some of the codes' deviation, and a relu moves the mean of the rest: undoing the
     encoder's batch norms alone would leave codes too dense and too even.
@@ -92,16 +121,30 @@ def invert_encoder(model: CtrlCscModel, images: Tensor) -> None:
         return
     *sizes, _ = model.config.signal_sizes
     encoded = model.encode(images, output_codes=True, update_statistics=False)
-    signal = encoded.latents[:, :, None, None] * encoder.latent_norm
-    signal = decoder.last_stage.synthesize(signal, (sizes[-1], sizes[-1]))
+    signal = decoder.last_stage.synthesize(encoded.latents[:, :, None, None], (sizes[-1], sizes[-1]))
+    low = None
     for index in reversed(range(len(sizes) - 1)):
-        inverted = encoder.norms[index].inverse(signal)
-        norm = decoder.norms[index]
+        norm, codes = decoder.norms[index], encoded.codes[index]
+        width = codes.shape[1]
         # A batch norm's output has its bias as mean and its weight as deviation.
-        weight, bias, codes = fit_rectified(inverted, encoded.codes[index])
-        norm.weight.copy_(weight * encoder.norms[index].weight.sign())
-        norm.bias.copy_(bias)
-        signal = decoder.stages[index].synthesize(codes, (sizes[index], sizes[index]))
+        norm.weight[:width], norm.bias[:width], fitted = fit_rectified(signal[:, :width], codes)
+        if signal.shape[1] > width:
+            original = encoder.stages[0].low_pass(images)
+            normalized = standardize(signal[:, width:])
+            norm.weight[width:], norm.bias[width:], low = fit_linear(normalized, original)
+        signal = decoder.stages[index].synthesize(fitted, (sizes[index], sizes[index]))
+    detail = images if low is None else images - decoder.stages[0].interpolate(low, images.shape[-2:])
+    scale, bias, _ = fit_linear(signal, detail)
+    decoder.output_scale.copy_(scale)
+    decoder.output_bias.copy_(bias)
+
+
+def fit_linear(signal: Tensor, target: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Weight w and bias b (C,) with which w u + b is nearest to the target in each channel, and it: (n, C, h, w)."""
+    centred = signal - signal.mean(CHANNELWISE, keepdim=True)
+    weight = (centred * target).sum(CHANNELWISE) / centred.square().sum(CHANNELWISE).clamp(min=1e-12)
+    bias = target.mean(CHANNELWISE) - weight * signal.mean(CHANNELWISE)
+    return weight, bias, signal * weight[:, None, None] + bias[:, None, None]
 
 
 def fit_rectified(signal: Tensor, codes: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -111,13 +154,18 @@ def fit_rectified(signal: Tensor, codes: Tensor) -> tuple[Tensor, Tensor, Tensor
     and deviation.
     """
     weight, bias = deviation(signal), signal.mean(CHANNELWISE)
-    normalized = (signal - bias[:, None, None]) / weight[:, None, None]
+    normalized = standardize(signal)
     fitted = F.relu(signal)
     for _ in range(FIT_ITERATIONS):
         weight = weight * (deviation(codes) / deviation(fitted)).clamp(0.5, 2)
         bias = bias + codes.mean(CHANNELWISE) - fitted.mean(CHANNELWISE)
         fitted = F.relu(normalized * weight[:, None, None] + bias[:, None, None])
     return weight, bias, fitted
+
+
+def standardize(signal: Tensor) -> Tensor:
+    """The signal (n, C, h, w) less its mean, over its deviation, in each channel."""
+    return (signal - signal.mean(CHANNELWISE, keepdim=True)) / deviation(signal)[:, None, None]
 
 
 def deviation(signal: Tensor) -> Tensor:

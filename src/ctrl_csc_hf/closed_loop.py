@@ -2,11 +2,14 @@
 
     x -> z = f(x) -> xh = g(z) -> zh = f(xh)
 
-    encoder: minimise L_f = -J(z, zh) + w_f S(z, zh) + w_a S(z, z_a) + w_E E(x)
-    decoder: minimise L_g = +J(z, zh) + w_g S(z, zh)
+    encoder: minimise L_f = -J + w_f S(z, zh) + w_a S(z, z_a) + w_E E(x)
+    decoder: minimise L_g = +J + w_g S(z, zh) + w_c S_c + w_x 1/2 |x - xh|^2
 
-J is the utility (an objective of rate_reduction.py), S self-consistency, E the sparse-coding energy, z_a = f(tau(x))
-the latents of augmented images. Dai et al., Entropy 24(4):456, 2022; Tong et al., CPAL 2024.
+J is the utility: that of the latents (an objective of rate_reduction.py) and, a stage l, w_l dR(C_l, Ch_l), the rate
+reduction between the codes of x and of xh. The latents hold nothing of what they throw away; the codes do. S is
+self-consistency, of the latents and S_c of the codes; E the sparse-coding energy; z_a = f(tau(x)) the latents of
+augmented images; |x - xh|^2 a mean over pixels. Dai et al., Entropy 24(4):456, 2022; Tong et al., CPAL 2024; the terms
+of the codes are this package's.
 """
 
 from collections.abc import Sequence
@@ -38,6 +41,7 @@ from .rate_reduction import (
 )
 
 OBJECTIVES = ("binary", "multi", "unsupervised")
+PLAYERS = ("encoder", "decoder")
 PLAYS = ("simultaneous", "alternating")
 CONSISTENCIES = ("cosine", "rate")
 STATISTICS = ("own", "images")
@@ -56,6 +60,9 @@ class ClosedLoopObjective:
         decoder_consistency: w_g, weight of S in the decoder's loss.
         augmentation_consistency: w_a, weight of S between z and the latents of augmented images.
         energy: w_E, weight of the sparse-coding energy per pixel.
+        code_reduction: w_l of every stage, from pixels inwards; one number stands for all stages.
+        code_consistency: w_c, weight of S_c, the mean of (C_l - Ch_l)^2 summed over stages, in the decoder's loss.
+        pixel_error: w_x, weight of the squared error of pixels, in the decoder's loss.
 
     Raises:
         ValueError: for a value that is not allowed; the message names it.
@@ -69,14 +76,19 @@ class ClosedLoopObjective:
     decoder_consistency: float = 0.0
     augmentation_consistency: float = 0.0
     energy: float = 0.0
+    code_reduction: float | Sequence[float] = 0.0
+    code_consistency: float = 0.0
+    pixel_error: float = 0.0
 
     def __post_init__(self) -> None:
         for name, allowed in (("objective", OBJECTIVES), ("consistency", CONSISTENCIES)):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} must be one of {allowed}, got {getattr(self, name)!r}")
-        for name in ("encoder_consistency", "decoder_consistency", "augmentation_consistency", "energy"):
-            if not 0 <= getattr(self, name) < float("inf"):
-                raise ValueError(f"{name} must be a finite number of at least 0, got {getattr(self, name)!r}")
+        for name in ("encoder_consistency", "decoder_consistency", "augmentation_consistency", "energy",
+                     "code_reduction", "code_consistency", "pixel_error"):  # fmt: skip
+            value = getattr(self, name)
+            if not all(0 <= weight < float("inf") for weight in (value if isinstance(value, Sequence) else [value])):
+                raise ValueError(f"{name} must be a finite number of at least 0, got {value!r}")
         if not self.distortion > 0:
             raise ValueError(f"distortion must be positive, got {self.distortion!r}")
         if self.objective == "multi" and not (self.num_classes and self.num_classes > 0):
@@ -126,6 +138,35 @@ class ClosedLoopObjective:
         rates = rates_of_pair(latents, reconstructed, **options)
         return multiclass_objective_of_pair(latents, reconstructed, labels, classes, **options), rates
 
+    @property
+    def compares_codes(self) -> bool:
+        """Whether a term of the stages' codes has a weight."""
+        return bool(self.code_consistency or torch.as_tensor(self.code_reduction).any())
+
+    def stage_weights(self, stages: int) -> Tensor:
+        """w_l, (stages,); ValueError for another number of weights."""
+        weights = torch.as_tensor(self.code_reduction, dtype=torch.float64)
+        if weights.ndim and len(weights) != stages:
+            raise ValueError(f"code_reduction must be one number or {stages}, one a stage, got {self.code_reduction!r}")
+        return weights.expand(stages)
+
+    def code_reductions(self, codes: Sequence[Tensor], reconstructed: Sequence[Tensor]) -> Tensor:
+        """dR(C_l, Ch_l) of every stage, (L,), in nats; over several processes, of the images of all.
+
+        R(C) = 1/2 logdet(I + 1/(N eps^2) C^T C) of the N rows of a stage, the codes at every position of every image:
+        normalised, they have the length sqrt(C_l), which takes the place of the factor d of unit rows.
+
+        Args:
+            codes, reconstructed: the normalised codes of x and of xh, each (n, C_l, h_l, w_l).
+        """
+        reductions = []
+        for stage, pair in enumerate(zip(codes, reconstructed, strict=True)):
+            width, positions = pair[0].shape[1], pair[0][0, 0].numel()
+            moments = sum_for_all(second_moments(torch.stack([c.movedim(1, -1).flatten(0, -2) for c in pair])))
+            count = positions * count_over_processes(len(pair[0]), moments.device)
+            reductions.append(rates_of_moments(moments, count, distortion=self.distortion * width)[0])
+        return torch.stack(reductions)
+
     def self_consistency(self, latents: Tensor, reconstructed: Tensor) -> Tensor:
         """S of each image (n,), 0 where zh_i points where z_i does; the losses take its mean over the batch."""
         if self.consistency == "cosine":
@@ -135,12 +176,16 @@ class ClosedLoopObjective:
 
 @dataclass
 class ClosedLoopFigures:
-    """Of one step, detached scalars: dR(Z, Zh), R(Z), R(Zh) in nats; S; PSNR of the batch in dB; both losses."""
+    """Of one step, detached scalars: dR(Z, Zh), R(Z), R(Zh) and the stages' dR(C_l, Ch_l) in all, in nats; S and S_c;
+    PSNR of the batch in dB; both losses. The codes' are 0 where nothing weighs them.
+    """
 
     rate_reduction: Tensor
     rate: Tensor
     reconstructed_rate: Tensor
+    code_reduction: Tensor
     consistency: Tensor
+    code_consistency: Tensor
     psnr: Tensor
     encoder_loss: Tensor
     decoder_loss: Tensor
@@ -167,6 +212,7 @@ class ClosedLoop:
         reconstruction_statistics: what the encoder's batch norms normalise reconstructions by. "own": by their own
             batch's statistics, which hides wrong means and contrasts of the reconstructions from both players;
             "images": by those of the batch of images, as constants, so that f is one map.
+        players: who plays; the other stands still.
 
     Raises:
         ValueError: for an unknown `play` or `reconstruction_statistics`, and for a distortion that is too small for the
@@ -182,6 +228,7 @@ class ClosedLoop:
         *,
         play: str = "simultaneous",
         reconstruction_statistics: str = "own",
+        players: Sequence[str] = PLAYERS,
     ) -> None:
         if play not in PLAYS:
             raise ValueError(f"play must be one of {PLAYS}, got {play!r}")
@@ -194,7 +241,7 @@ class ClosedLoop:
         self.model = model
         self.objective = objective
         self.optimizers = (encoder_optimizer, decoder_optimizer)
-        self.play = play
+        self.play, self.players = play, players
         self.reuse_statistics = reconstruction_statistics == "images"
         model.share_statistics(sum_over_processes if num_processes() > 1 else None)
 
@@ -209,7 +256,7 @@ class ClosedLoop:
             augmented: tau(x) (n, C, H, W), where `augmentation_consistency` is above 0.
         """
         if self.play == "simultaneous":
-            figures = self.backward(pixel_values, labels, augmented)
+            figures = self.backward(pixel_values, labels, augmented, self.players)
             self._apply_gradients()
         else:
             figures = self.backward(pixel_values, labels, augmented, players=("encoder",))
@@ -223,7 +270,7 @@ class ClosedLoop:
         pixel_values: Tensor,
         labels: Tensor | None = None,
         augmented: Tensor | None = None,
-        players: Sequence[str] = ("encoder", "decoder"),
+        players: Sequence[str] = PLAYERS,
     ) -> ClosedLoopFigures:
         """Adds dL_f/dtheta and dL_g/deta to the players' gradients, from one pass of the loop.
 
@@ -235,21 +282,43 @@ class ClosedLoop:
         encoder_plays, decoder_plays = "encoder" in players, "decoder" in players
         with torch.set_grad_enabled(encoder_plays):
             with_energy = encoder_plays and objective.energy > 0
-            encoded = model.encode(pixel_values, output_energy=with_energy, update_statistics=encoder_plays)
+            options = {"output_normalized_codes": objective.compares_codes}
+            encoded = model.encode(pixel_values, output_energy=with_energy, update_statistics=encoder_plays, **options)
         z = encoded.latents
         with torch.set_grad_enabled(decoder_plays):
             xh = model.decode(z.detach(), update_statistics=decoder_plays).reconstruction
         second_input = xh.detach().requires_grad_(decoder_plays)
-        zh = model.encode(second_input, update_statistics=False, reuse_statistics=self.reuse_statistics).latents
+        encoded_again = model.encode(
+            second_input, update_statistics=False, reuse_statistics=self.reuse_statistics, **options
+        )
+        zh = encoded_again.latents
 
         count = count_over_processes(len(z), z.device)
         utility, rates = objective.utility(z, zh, labels)
         consistency = objective.self_consistency(z, zh).sum() / count
+        code_reduction = code_consistency = consistency.new_zeros(())
+        if encoded.normalized_codes is not None:
+            pairs = (encoded.normalized_codes, encoded_again.normalized_codes)
+            of_stages = objective.code_reductions(*pairs)
+            code_reduction = of_stages.sum()
+            utility = utility + (objective.stage_weights(len(of_stages)).to(of_stages) * of_stages).sum()
+            code_consistency = (
+                sum(
+                    ((codes.detach() - again) ** 2).flatten(1).mean(dim=1).sum()
+                    for codes, again in zip(*pairs, strict=True)
+                )
+                / count
+            )
         encoder_loss, decoder_loss = -utility, utility
         if objective.encoder_consistency:
             encoder_loss = encoder_loss + objective.encoder_consistency * consistency
         if objective.decoder_consistency:
             decoder_loss = decoder_loss + objective.decoder_consistency * consistency
+        if objective.code_consistency:
+            decoder_loss = decoder_loss + objective.code_consistency * code_consistency
+        if objective.pixel_error:
+            error = (pixel_values - second_input).square().flatten(1).mean(dim=1).sum() / (2 * count)
+            decoder_loss = decoder_loss + objective.pixel_error * error
         if encoded.energy is not None:
             encoder_loss = encoder_loss + objective.energy * encoded.energy.sum() / count
         if encoder_plays and objective.augmentation_consistency:
@@ -258,9 +327,17 @@ class ClosedLoop:
             z_augmented = model.encode(augmented, update_statistics=False).latents
             apart = objective.self_consistency(z, z_augmented).sum() / count
             encoder_loss = encoder_loss + objective.augmentation_consistency * apart
-        figures = self._figures(pixel_values, xh, utility, rates, consistency, encoder_loss, decoder_loss, count)
+        figures = self._figures(
+            pixel_values, xh, utility, rates, code_reduction, (consistency, code_consistency), encoder_loss, decoder_loss,
+            count,
+        )  # fmt: skip
 
-        pure_game = objective.encoder_consistency == objective.decoder_consistency == 0
+        pure_game = not (
+            objective.encoder_consistency
+            or objective.decoder_consistency
+            or objective.code_consistency
+            or objective.pixel_error
+        )
         if encoder_plays and decoder_plays and pure_game:
             encoder_loss.backward()
             xh.backward(-second_input.grad)  # type: ignore[operator]  # it has one
@@ -288,7 +365,8 @@ class ClosedLoop:
         xh: Tensor,
         utility: Tensor,
         rates: tuple[Tensor, Tensor, Tensor],
-        consistency: Tensor,
+        code_reduction: Tensor,
+        consistencies: tuple[Tensor, Tensor],
         encoder_loss: Tensor,
         decoder_loss: Tensor,
         count: Tensor | int,
@@ -298,10 +376,11 @@ class ClosedLoop:
         psnr = (10 * torch.log10(4 / squared_error)).sum() / count
         if num_processes() > 1:
             # Of the losses, the utility is every process's whole, the rest this process's part.
-            parts = torch.stack([consistency, psnr, encoder_loss + utility, decoder_loss - utility])
-            consistency, psnr, encoder_rest, decoder_rest = sum_over_processes(parts)
+            parts = torch.stack([*consistencies, psnr, encoder_loss + utility, decoder_loss - utility])
+            *consistencies, psnr, encoder_rest, decoder_rest = sum_over_processes(parts)
             encoder_loss, decoder_loss = encoder_rest - utility, decoder_rest + utility
-        return ClosedLoopFigures(*rates, *(value.detach() for value in (consistency, psnr, encoder_loss, decoder_loss)))
+        values = (code_reduction, *consistencies, psnr, encoder_loss, decoder_loss)
+        return ClosedLoopFigures(*rates, *(value.detach() for value in values))
 
 
 def player_parameters(model: CtrlCscModel) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
