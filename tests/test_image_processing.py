@@ -437,6 +437,33 @@ def test_sizes_that_it_does_not_know_are_refused(size):
         process(WIDE, size=size)
 
 
+@pytest.mark.parametrize(
+    ("name", "value", "wanted"),
+    [
+        ("image_std", 0, "a positive number, or a list of 3"),
+        ("image_std", [0.5, 0.0, 0.5], "a positive number"),
+        ("image_std", -0.5, "a positive number"),
+        ("image_std", float("nan"), "a positive number"),
+        ("image_std", 1e-50, "a positive number"),
+        ("image_std", [0.5, 0.5], "a positive number, or a list of 3"),
+        ("image_std", ["a", "b", "c"], "a positive number"),
+        ("image_mean", float("inf"), "a finite number, or a list of 3"),
+        ("image_mean", [0.5, float("nan"), 0.5], "a finite number"),
+        ("image_mean", [0.5], "a finite number, or a list of 3"),
+        ("rescale_factor", 0, "a positive number$"),
+        ("rescale_factor", -1 / 255, "a positive number$"),
+        ("rescale_factor", float("nan"), "a positive number$"),
+        ("rescale_factor", [1 / 255] * 3, "a positive number$"),
+        ("crop_size", {"height": 0, "width": 8}, "height and width, both positive"),
+        ("crop_size", {"height": 8, "width": -1}, "height and width, both positive"),
+        ("crop_size", {"shortest_edge": 8}, "height and width, both positive"),
+    ],
+)
+def test_numbers_that_would_make_no_pixels_are_refused(name, value, wanted):
+    with pytest.raises(ValueError, match=rf"^{name}=.* is not allowed: it must (be|have) {wanted}"):
+        CtrlCscImageProcessor(**{name: value})(PIXELS)
+
+
 def test_saved_settings_load_again(tmp_path):
     saved = CtrlCscImageProcessor(image_size=24, resample=Image.Resampling.LANCZOS)
     saved.save_pretrained(tmp_path)

@@ -10,6 +10,7 @@ from transformers.image_transforms import get_resize_output_image_size
 from transformers.image_utils import ChannelDimension, SizeDict
 
 LARGEST_RATIO = 1000  # of an image's sides
+TINY = float(np.finfo(np.float32).tiny)  # by a smaller number one cannot divide in float32
 MOST_PIXELS = 2**30 // 12  # 89 million, of one image: from here on PIL warns of decompression bombs
 
 
@@ -123,16 +124,35 @@ class CtrlCscImageProcessor(PilBackend):
         largest = 255 if image.dtype == np.uint8 else 1
         return np.clip(np.stack([np.asarray(plane) for plane in planes]), 0, largest)  # bicubic overshoots
 
+    def center_crop(self, image: np.ndarray, size: SizeDict, **kwargs: Any) -> np.ndarray:
+        """Cut the centre out, with black around it where the image is smaller.
+
+        Raises:
+            ValueError: if `size` has other keys than height and width, or is not positive.
+        """
+        sides = dict(size)
+        if set(sides) != {"height", "width"} or min(sides.values()) < 1:
+            raise ValueError(f"crop_size={sides} is not allowed: it must have height and width, both positive")
+        return super().center_crop(image, size, **kwargs)
+
     def rescale(self, image: np.ndarray, scale: float, **kwargs: Any) -> np.ndarray:
-        """Multiply 8-bit values by `scale`; floats in [0, 1] stand for 8-bit values divided by 255."""
+        """Multiply 8-bit values by `scale`; floats in [0, 1] stand for 8-bit values divided by 255.
+
+        Raises:
+            ValueError: if `scale` is no positive number.
+        """
+        _check_numbers("rescale_factor", scale, [()], TINY)
         return super().rescale(image, scale if image.dtype == np.uint8 else 255 * scale, **kwargs)
 
     def normalize(self, image: np.ndarray, mean: Any, std: Any, **kwargs: Any) -> np.ndarray:
         """Subtract `mean` and divide by `std`, floats or one a channel.
 
         Raises:
-            ValueError: for 8-bit values, which have not been rescaled.
+            ValueError: for numbers that are not finite, a `std` that is not positive, and for 8-bit values, which have
+                not been rescaled.
         """
+        for name, values, lowest in (("image_mean", mean, -np.inf), ("image_std", std, TINY)):
+            _check_numbers(name, values, [(), (len(image),)], lowest)
         if image.dtype == np.uint8:
             raise ValueError(
                 "do_normalize=True with do_rescale=False needs floats in [0, 1], got an image of 8-bit values: "
@@ -182,6 +202,17 @@ def _square(image_size: int | None) -> dict[str, dict[str, int]]:
     if type(image_size) is not int or image_size < 1:
         raise ValueError(f"image_size={image_size!r} is not allowed: it must be a positive integer")
     return {"size": {"shortest_edge": image_size}, "crop_size": {"height": image_size, "width": image_size}}
+
+
+def _check_numbers(name: str, values: Any, shapes: list[tuple[int, ...]], lowest: float) -> None:
+    try:
+        numbers = np.asarray(values, np.float32)
+    except (TypeError, ValueError):  # no numbers, or a ragged list
+        numbers = np.full((), np.nan)
+    if numbers.shape not in shapes or not np.isfinite(numbers).all() or numbers.min() < lowest:
+        wanted = "a positive number" if lowest > 0 else "a finite number"
+        each = f", or a list of {shapes[-1][0]} such numbers" if shapes[-1] else ""
+        raise ValueError(f"{name}={values!r} is not allowed: it must be {wanted}{each}")
 
 
 def _flatten(images: Any) -> list[Any]:
