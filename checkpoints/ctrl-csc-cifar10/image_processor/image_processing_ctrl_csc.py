@@ -245,6 +245,7 @@ def _to_rgb(image: Any, name: str, layout: ChannelDimension | None) -> np.ndarra
 def _pil_pixels(image: Image.Image, name: str) -> np.ndarray:
     """(height, width), uint16 or float32, or (height, width, 3), uint8."""
     check_sides(image.height, image.width, name)  # by its header
+    depth = _bit_depth(image)  # which a copy lacks
     if image.getexif().get(ExifTags.Base.Orientation, 1) != 1:  # or else it would be copied
         image = ImageOps.exif_transpose(image)
     if image.mode == "F":
@@ -260,21 +261,42 @@ def _pil_pixels(image: Image.Image, name: str) -> np.ndarray:
     if image.has_transparency_data:
         if "transparency" in image.info:
             image = image.copy()  # whose info is not the caller's
-            image.info["transparency"] = _transparent_color(image)
+            image.info["transparency"] = _transparent_color(image, depth)
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     return np.asarray(image if image.mode == "RGB" else image.convert("RGB"))
 
 
-def _transparent_color(image: Image.Image) -> Any:
-    """The image's transparent colour in 8 bits, like its pixels; PIL keeps it in the 2, 4 or 16 bits of a PNG file."""
+def _transparent_color(image: Image.Image, depth: int | None) -> Any:
+    """The image's transparent colour in 8 bits, like its pixels; PIL keeps it in the bits of a PNG file, `depth`.
+
+    Where that is not known, a colour beyond 8 bits has 16, and grey levels tell: they are multiples of 85 if they had 2
+    bits, of 17 if they had 4.
+    """
     color = image.info["transparency"]
-    if image.mode == "RGB" and isinstance(color, tuple) and max(color) > 255:
-        return tuple(value >> 8 for value in color)  # of 16 bits, as PIL does with the pixels
-    if image.mode == "L" and isinstance(color, int):  # 2 bits give grey levels that are multiples of 85, 4 bits of 17
+    if image.mode == "RGB" and isinstance(color, tuple) and (depth == 16 or max(color) > 255):
+        return tuple(value >> 8 for value in color)  # as PIL does with the pixels
+    if image.mode == "L" and isinstance(color, int):
+        if depth is not None:
+            return color % 2**depth * 255 // (2**depth - 1)
         levels = np.flatnonzero(image.histogram())
         return next((f * color for f in (85, 17) if f * color <= 255 and not (levels % f).any()), color)
     return color
+
+
+def _bit_depth(image: Image.Image) -> int | None:
+    """Of a PNG file, by its header; 8 for other formats; None for a copy, and where the file has been closed."""
+    if image.format not in ("PNG", None):
+        return 8
+    try:
+        file = image._fp  # type: ignore[attr-defined]  # PIL keeps it when the image has been loaded, too
+        place = file.tell()
+        file.seek(24)  # in the first chunk, IHDR, behind width and height
+        depth = file.read(1)[0]
+        file.seek(place)
+        return depth
+    except (AttributeError, OSError, ValueError):
+        return None
 
 
 def _channels_first(pixels: np.ndarray, name: str, layout: ChannelDimension | None) -> np.ndarray:
