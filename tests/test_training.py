@@ -245,6 +245,18 @@ def test_a_resumed_run_applies_and_records_the_settings_that_were_changed(train:
     assert updates("--adam_beta1", "0.9")["decoder"] != same["decoder"]
 
 
+def test_a_run_in_the_folder_of_another_model_leaves_none_of_its_records(train: Train) -> None:
+    folder = train()
+    for checkpoint in folder.glob("checkpoint-*"):
+        shutil.rmtree(checkpoint)
+    for name in ("rivals.png", "neighbours.png", "correlations.png"):  # of evaluate.py
+        (folder / name).touch()
+    train("--max_train_steps", "3", "--seed", "1")
+    assert not {"rivals.png", "neighbours.png", "correlations.png"} & {path.name for path in folder.iterdir()}
+    samples = sorted(path.name for path in (folder / "samples").iterdir())
+    assert samples == ["step-000000.png", "step-000002.png", "step-000003.png"]
+
+
 @pytest.mark.parametrize("scheduler", SCHEDULERS)
 def test_every_schedule_that_is_offered_goes_on_where_it_was(train: Train, scheduler: str) -> None:
     flags = ("--lr_scheduler", scheduler, "--lr_warmup_steps", "2", "--max_train_steps", "5")

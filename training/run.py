@@ -374,6 +374,11 @@ def save_grid(path: Path, originals: Tensor, reconstructions: Tensor) -> None:
     reconstruction_grid(originals[: len(reconstructions)], reconstructions, scale=scale).save(path)
 
 
+def sample_path(output_dir: Path, step: int) -> Path:
+    """Where a run shows what it makes of held-out images at a step."""
+    return output_dir / "samples" / f"step-{step:06d}.png"
+
+
 @torch.no_grad()
 def save_model(
     model: CtrlCscModel, output_dir: Path, state: TrainingState, held_out: Tensor, split: str, mean_image: Tensor
@@ -385,7 +390,8 @@ def save_model(
         held_out: images (n, C, H, W) of the data set's `split`.
         mean_image: of training images (C, H, W): a model whose reconstructions are no closer has learned nothing.
     """
-    remove_other_model(output_dir, model)  # such as the sampler of the model before it was resumed
+    samples = {sample_path(output_dir, record["step"]) for record in state.history.records}
+    remove_other_model(output_dir, model, keep=samples)  # such as the sampler of the model before it was resumed
     model.save_pretrained(output_dir)
     shown = held_out[:GRID_IMAGES]
     reconstructions = model(shown.to(model.device), return_dict=True).reconstruction.cpu()
