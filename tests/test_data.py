@@ -93,6 +93,28 @@ def test_only_whole_names_of_folders_are_splits_and_labels(files, splits, labels
         assert labels is None or None not in [row["label"] for row in rows]
 
 
+@pytest.mark.parametrize("kind", ["png", "parquet"])
+def test_links_to_files_are_followed_and_others_are_told(kind, tmp_path):
+    rows = datasets.Dataset.from_dict({"image": [random_image(0)]}, datasets.Features({"image": datasets.Image()}))
+    for name in ("cat/1", "bird/1"):
+        path = tmp_path / "originals" / f"{name}.{kind}"
+        path.parent.mkdir(parents=True)
+        rows.to_parquet(path) if kind == "parquet" else random_image(0).save(path)
+        link = tmp_path / "linked" / f"{name}.{kind}"
+        link.parent.mkdir(parents=True)
+        link.symlink_to(path)
+    images = datasets.load_dataset(**find_data(str(tmp_path / "linked")), split="train", streaming=True)
+    assert len(list(images)) == 2
+    link = tmp_path / "linked" / "dog"
+    for target, said in ((tmp_path / "originals" / "cat", "a folder"), (tmp_path / "gone", "nothing")):
+        link.symlink_to(target)
+        with pytest.raises(ValueError, match=f"linked holds .*dog, a link to {said}, which would be passed over: put"):
+            find_data(str(tmp_path / "linked"))
+        link.unlink()
+    (tmp_path / "linked" / ".dog").symlink_to(tmp_path / "originals")  # hidden, as in any folder
+    assert find_data(str(tmp_path / "linked"))
+
+
 def test_a_folder_of_parquet_files_or_with_configurations_of_its_own_is_left_to_datasets(tmp_path):
     folder = tmp_path / "b[1]"
     rows = datasets.Dataset.from_dict({"image": [random_image(0)] * 3}, datasets.Features({"image": datasets.Image()}))

@@ -74,13 +74,14 @@ def find_data(name: str) -> dict[str, Any]:
 
     Raises:
         OSError: for a folder without data.
+        ValueError: for a link to a folder, or to nothing, which `datasets` would pass over.
     """
     root = Path(name)
     if not root.is_dir():
         return {"path": name}
     escaped = glob.escape(str(root.resolve()))
-    images, has_tables = _images_in(root)
-    if has_tables or not images or _names_its_files(root / "README.md"):
+    images, has_tables = ([], False) if _names_its_files(root / "README.md") else _images_in(root)
+    if has_tables or not images:
         if escaped == str(root.resolve()):
             return {"path": name}
         patterns = get_data_patterns(escaped)
@@ -106,6 +107,13 @@ def _images_in(root: Path) -> tuple[list[Path], bool]:
     has_tables = False
     for folder, folders, files in os.walk(root):
         folders[:] = [name for name in folders if not name.startswith((".", "__"))]
+        for path in (os.path.join(folder, name) for name in (*folders, *files) if not name.startswith(".")):
+            if os.path.islink(path) and not os.path.isfile(path):
+                target = "a folder" if os.path.isdir(path) else "nothing"
+                raise ValueError(
+                    f"{root} holds {path}, a link to {target}, which would be passed over: put a folder in its place, "
+                    "whose files may be links (`cp -rs` makes one), or remove it"
+                )
         for name in files:
             suffix = os.path.splitext(name)[1].lower()
             if suffix in ImageFolder.EXTENSIONS and not name.startswith("."):
