@@ -130,6 +130,34 @@ def test_a_folder_of_parquet_files_or_with_configurations_of_its_own_is_left_to_
     assert datasets.get_dataset_split_names(**find_data(str(tmp_path / "named"))) == ["odd"]
 
 
+@pytest.mark.parametrize(
+    ("files", "wrong"),
+    [
+        (["boat", "train station"], "boat"),
+        (["train", "test", "extra"], "extra"),
+        (["data/train-00000-of-00001", "data/extra"], "data/extra"),
+        (["cat/0", "test/0"], "cat/0"),
+        (["train", "train test"], "train test"),  # in both
+        (["0", "boat"], None),
+        (["train-0", "train-1", "test station"], None),
+        (["train/0", "test/0", ".hidden/0"], None),
+    ],
+)
+@pytest.mark.parametrize("folder", ["tables", "b[1]"])
+def test_a_parquet_file_in_no_split_or_in_two_is_told(files, wrong, folder, tmp_path):
+    rows = datasets.Dataset.from_dict({"image": [random_image(0)]}, datasets.Features({"image": datasets.Image()}))
+    for name in files:
+        rows.to_parquet(tmp_path / folder / f"{name}.parquet")
+    if wrong:
+        with pytest.raises(ValueError, match=rf"\['{wrong}.parquet'\] belong to none or to several: call the files"):
+            find_data(str(tmp_path / folder))
+    else:
+        found = find_data(str(tmp_path / folder))
+        splits = datasets.get_dataset_split_names(**found)
+        counts = [len(list(datasets.load_dataset(**found, split=split, streaming=True))) for split in splits]
+        assert sum(counts) == sum(not name.startswith(".") for name in files)
+
+
 def test_without_a_label_column_there_are_no_labels(parquet_folder, tmp_path):
     source = ImageSource(train_data_dir=parquet_folder, label_column="none", cache_dir=str(tmp_path))
     assert set(next(iter(loader_of(load_images(source))))) == {"pixels"}

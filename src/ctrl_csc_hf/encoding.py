@@ -5,17 +5,18 @@ import heapq
 import logging
 import os
 import re
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from io import BytesIO
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any, TypeAlias
 
 import datasets
 import numpy as np
 import torch
-from datasets.data_files import get_data_patterns
+from datasets.data_files import DataFilesDict, get_data_patterns
 from datasets.packaged_modules.imagefolder.imagefolder import ImageFolder
 from datasets.utils.file_utils import xopen
 from PIL import Image
@@ -74,17 +75,29 @@ def find_data(name: str) -> dict[str, Any]:
 
     Raises:
         OSError: for a folder without data.
-        ValueError: for a link to a folder, or to nothing, which `datasets` would pass over.
+        ValueError: for what `datasets` would pass over or read twice: a link to a folder or to nothing, and a file of
+            many images whose name puts it into no split or into several.
     """
     root = Path(name)
     if not root.is_dir():
         return {"path": name}
     escaped = glob.escape(str(root.resolve()))
-    images, has_tables = ([], False) if _names_its_files(root / "README.md") else _images_in(root)
-    if has_tables or not images:
-        if escaped == str(root.resolve()):
+    images, tables = ([], []) if _names_its_files(root / "README.md") else _images_in(root)
+    if tables or not images:
+        is_literal = escaped == str(root.resolve())
+        if is_literal and not tables:
             return {"path": name}
         patterns = get_data_patterns(escaped)
+        splits_of = Counter(chain(*DataFilesDict.from_patterns(patterns, base_path=escaped).values()))
+        if wrong := [str(path) for path in tables if splits_of[str(root.resolve() / path)] != 1]:
+            raise ValueError(
+                f"each Parquet, Arrow or tar file of {name} must belong to one of its splits by its name, but of "
+                f"{[str(split) for split in patterns]}, {wrong} belong to none or to several: call the files "
+                "train-1.parquet, test-1.parquet and so on, put them into folders of such names, or list those of each "
+                "split in README.md, under configs"
+            )
+        if is_literal:
+            return {"path": name}
         return {"path": name, "data_files": {s: [f"{escaped}/{p}" for p in paths] for s, paths in patterns.items()}}
     shared = os.path.commonpath([image.parent for image in images])
     inner = [image.relative_to(shared).parts for image in images]
@@ -101,25 +114,27 @@ def find_data(name: str) -> dict[str, Any]:
     return {"path": name, "data_files": data_files, "drop_labels": not labelled}
 
 
-def _images_in(root: Path) -> tuple[list[Path], bool]:
-    """Image files below a folder, relative to it, without hidden ones, and whether there are `TABLES`."""
+def _images_in(root: Path) -> tuple[list[Path], list[Path]]:
+    """Image files below a folder and `TABLES`, relative to it, without hidden ones."""
     images: list[Path] = []
-    has_tables = False
+    tables: list[Path] = []
     for folder, folders, files in os.walk(root):
         folders[:] = [name for name in folders if not name.startswith((".", "__"))]
-        for path in (os.path.join(folder, name) for name in (*folders, *files) if not name.startswith(".")):
-            if os.path.islink(path) and not os.path.isfile(path):
-                target = "a folder" if os.path.isdir(path) else "nothing"
+        files = [name for name in files if not name.startswith(".")]
+        for link in (os.path.join(folder, name) for name in (*folders, *files)):
+            if os.path.islink(link) and not os.path.isfile(link):
+                target = "a folder" if os.path.isdir(link) else "nothing"
                 raise ValueError(
-                    f"{root} holds {path}, a link to {target}, which would be passed over: put a folder in its place, "
+                    f"{root} holds {link}, a link to {target}, which would be passed over: put a folder in its place, "
                     "whose files may be links (`cp -rs` makes one), or remove it"
                 )
         for name in files:
-            suffix = os.path.splitext(name)[1].lower()
-            if suffix in ImageFolder.EXTENSIONS and not name.startswith("."):
-                images.append(Path(folder, name).relative_to(root))
-            has_tables |= suffix in TABLES and name not in ImageFolder.METADATA_FILENAMES
-    return images, has_tables
+            suffix, path = os.path.splitext(name)[1].lower(), Path(folder, name).relative_to(root)
+            if suffix in ImageFolder.EXTENSIONS:
+                images.append(path)
+            elif suffix in TABLES and name not in ImageFolder.METADATA_FILENAMES:
+                tables.append(path)
+    return images, tables
 
 
 def _names_its_files(card: Path) -> bool:
