@@ -93,6 +93,37 @@ def test_only_whole_names_of_folders_are_splits_and_labels(files, splits, labels
         assert labels is None or None not in [row["label"] for row in rows]
 
 
+@pytest.mark.parametrize(
+    ("files", "metadata", "bare"),
+    [  # of metadata files the images that they list
+        (["train/1", "train/2", "test/3"], {"": ["train/1", "train/2", "test/3"]}, r"(train|test)/\d"),
+        (["data/train/1", "data/test/2"], {"data": ["train/1", "test/2"]}, r"data/(train|test)/\d"),
+        (["train/1", "test/2"], {"train": ["1"]}, "test/2"),
+        (["cat/1", "dog/2"], {"cat": ["1"]}, "dog/2"),
+        (["train/1", "train/2", "test/3"], {"train": ["1", "2"], "test": ["3"]}, None),
+        (["train/cat/1", "train/dog/2", "test/3"], {"train/cat": ["1"], "train/dog": ["2"], "test": ["3"]}, None),
+        (["data/cat/1", "data/dog/2", "3"], {"": ["data/cat/1", "data/dog/2", "3"]}, None),
+    ],
+)
+def test_metadata_files_describe_all_images_of_their_split_or_are_told(files, metadata, bare, tmp_path):
+    for name in files:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        random_image(0).save(tmp_path / f"{name}.png")
+    for folder, names in metadata.items():
+        lines = ["file_name,kind", *(f"{name}.png,{name[-1]}" for name in names)]
+        (tmp_path / folder / "metadata.csv").write_text("\n".join(lines), encoding="utf-8")
+    if bare:
+        with pytest.raises(ValueError, match=rf"metadata.csv, but no metadata file in .* for {bare}\.png"):
+            find_data(str(tmp_path))
+    else:
+        found = find_data(str(tmp_path))
+        for split in datasets.get_dataset_split_names(**found):
+            rows = load_images(ImageSource(dataset_name=str(tmp_path), split=split, streaming=True), "kind")
+            kinds = {Path(row["image"]["path"]).stem: row["kind"] for row in rows}
+            expected = {name[-1]: int(name[-1]) for name in files if name.startswith("test") == (split == "test")}
+            assert kinds == expected
+
+
 @pytest.mark.parametrize("kind", ["png", "parquet"])
 def test_links_to_files_are_followed_and_others_are_told(kind, tmp_path):
     rows = datasets.Dataset.from_dict({"image": [random_image(0)]}, datasets.Features({"image": datasets.Image()}))

@@ -67,22 +67,24 @@ def find_data(name: str) -> dict[str, Any]:
     lie in folders that are called train, training, validation, valid, val, dev, test or testing, and some of them in
     one of the first two, these folders are the splits; otherwise all images are the split "train". If all images of
     all splits lie equally deep in folders of more than one name, these names are the labels; otherwise there are none.
-    A folder of Parquet, Arrow or tar files, or one whose README.md says which files are which split, is read as
-    `datasets` reads it.
+    Where there are metadata files (metadata.csv, metadata.jsonl or metadata.parquet), images are those they list, with
+    their columns instead of such labels. A folder of Parquet, Arrow or tar files, or one whose README.md says which
+    files are which split, is read as `datasets` reads it.
 
     Args:
         name: a Hub id, or a local folder.
 
     Raises:
         OSError: for a folder without data.
-        ValueError: for what `datasets` would pass over or read twice: a link to a folder or to nothing, and a file of
-            many images whose name puts it into no split or into several.
+        ValueError: for what `datasets` would pass over or read twice: a link to a folder or to nothing, a file of many
+            images whose name puts it into no split or into several, and a metadata file that lies above the folders of
+            splits, or images beside those of a metadata file.
     """
     root = Path(name)
     if not root.is_dir():
         return {"path": name}
     escaped = glob.escape(str(root.resolve()))
-    images, tables = ([], []) if _names_its_files(root / "README.md") else _images_in(root)
+    images, tables, metadata = ([], [], []) if _names_its_files(root / "README.md") else _files_in(root)
     if tables or not images:
         is_literal = escaped == str(root.resolve())
         if is_literal and not tables:
@@ -102,22 +104,33 @@ def find_data(name: str) -> dict[str, Any]:
     shared = os.path.commonpath([image.parent for image in images])
     inner = [image.relative_to(shared).parts for image in images]
     splits = {parts[0]: SPLIT_FOLDERS.get(parts[0].lower()) for parts in inner}
+    top = 0  # of the folders of a path, how many lie above the images of its split, or hold them
     if "train" in splits.values() and None not in splits.values():
         inner = [parts[1:] for parts in inner]
+        top = len(Path(shared).parts) + 1
         data_files: dict[str, list[str]] = {}
         for folder, split in sorted(splits.items(), key=lambda found: list(SPLIT_FOLDERS).index(found[0].lower())):
             data_files.setdefault(str(split), []).append(os.path.join(escaped, glob.escape(shared), folder, "**"))
     else:
         data_files = {"train": [os.path.join(escaped, "**")]}
+    described = {path.parent.parts for path in metadata}
+    for parts in (image.parts for image in images if metadata):
+        if described.isdisjoint(parts[:depth] for depth in range(top, len(parts))):
+            raise ValueError(
+                f"{name} has {metadata[0]}, but no metadata file in {Path(*parts[:top])} or below for {Path(*parts)}, "
+                "which would lack its columns or be passed over: put one there, with file_name relative to its own "
+                "folder, or remove all metadata files"
+            )
     depths = {len(parts) for parts in inner}
     labelled = len(depths) == 1 and depths != {1} and len({parts[-2] for parts in inner}) > 1
     return {"path": name, "data_files": data_files, "drop_labels": not labelled}
 
 
-def _images_in(root: Path) -> tuple[list[Path], list[Path]]:
-    """Image files below a folder and `TABLES`, relative to it, without hidden ones."""
+def _files_in(root: Path) -> tuple[list[Path], list[Path], list[Path]]:
+    """Image files below a folder, `TABLES` and metadata files, relative to it, without hidden ones."""
     images: list[Path] = []
     tables: list[Path] = []
+    metadata: list[Path] = []
     for folder, folders, files in os.walk(root):
         folders[:] = [name for name in folders if not name.startswith((".", "__"))]
         files = [name for name in files if not name.startswith(".")]
@@ -132,9 +145,11 @@ def _images_in(root: Path) -> tuple[list[Path], list[Path]]:
             suffix, path = os.path.splitext(name)[1].lower(), Path(folder, name).relative_to(root)
             if suffix in ImageFolder.EXTENSIONS:
                 images.append(path)
-            elif suffix in TABLES and name not in ImageFolder.METADATA_FILENAMES:
+            elif name in ImageFolder.METADATA_FILENAMES:
+                metadata.append(path)
+            elif suffix in TABLES:
                 tables.append(path)
-    return images, tables
+    return images, tables, metadata
 
 
 def _names_its_files(card: Path) -> bool:
