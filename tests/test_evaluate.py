@@ -259,6 +259,17 @@ def test_a_folder_holds_the_figures_of_one_model(
         assert {figure["dataset"] for figure in written(tmp_path)["figures"]} == expected
 
 
+@pytest.mark.parametrize("content", ["[]", "{", '{"figures": [{}]}', '{"figures": 3}'])
+def test_a_damaged_record_is_named_with_what_to_do(evaluate: ModuleType, content: str, tmp_path: Path) -> None:
+    for name in ("metrics.json", "training_args.json"):
+        (tmp_path / name).write_text(content, encoding="utf-8")
+    with pytest.raises(ValueError, match=r"metrics\.json cannot be read, .*: remove it, or name another output_dir$"):
+        evaluate.earlier_metrics(tmp_path / "metrics.json", "digest")
+    if "figures" not in content:
+        with pytest.raises(ValueError, match=r"training_args\.json cannot be read, .*: remove it, and the model is"):
+            evaluate.training_settings(str(tmp_path))
+
+
 @pytest.mark.parametrize(
     ("training", "test", "reason"),
     [

@@ -45,7 +45,7 @@ from data import (
 )
 from ema import GRID_IMAGES
 from huggingface_hub import hf_hub_download
-from run import SETTINGS, figure_records, one_line_errors, read_json, save_grid
+from run import SETTINGS, figure_records, one_line_errors, readable, save_grid
 from settings import hub_id, option
 from stream import ImageLoader, ImageStream
 from torch import Tensor
@@ -69,6 +69,7 @@ from ctrl_csc_hf.metrics import (
     nearest_latent_match,
     peak_signal_to_noise_ratio,
 )
+from ctrl_csc_hf.records import read_object
 from ctrl_csc_hf.visualization import correlation_map, image_table
 
 logger = logging.getLogger(__name__)
@@ -174,6 +175,16 @@ def main(settings: EvaluationSettings) -> dict[str, dict[str, Any]]:
         raise ValueError(f"rivals must take images of the model's size, got sides of {sorted(sizes)} pixels")
     (size,) = sizes
     images = load_data(settings, size)
+    output_dir = Path(settings.output_dir)
+    beside_model = settings.is_beside_model and images.recorded
+    if settings.is_beside_model and not images.recorded:
+        output_dir /= "evaluation"
+        print(
+            "This is not the data set that the model was trained on, and it has no id on the Hub of its own "
+            "(--hub_dataset_id) by which the model's card could name it: the model's metrics.json stays as it is"
+        )
+    digest = digest_of(models[MODEL])
+    earlier_metrics(output_dir / "metrics.json", digest)  # before hours of measuring
     unseen = None
     if settings.unseen_dataset_name:
         source = ImageSource(
@@ -200,17 +211,8 @@ def main(settings: EvaluationSettings) -> dict[str, dict[str, Any]]:
             figures |= measure_unseen(rival, unseen, images.test[: len(unseen)], device)
         results[name] = figures
 
-    output_dir = Path(settings.output_dir)
-    beside_model = settings.is_beside_model and images.recorded
-    if settings.is_beside_model and not images.recorded:
-        output_dir /= "evaluation"
-        print(
-            "This is not the data set that the model was trained on, and it has no id on the Hub of its own "
-            "(--hub_dataset_id) by which the model's card could name it: the model's metrics.json stays as it is"
-        )
     output_dir.mkdir(parents=True, exist_ok=True)
     num_unseen = 0 if unseen is None else len(unseen)
-    digest = digest_of(models[MODEL])
     write_metrics(output_dir / "metrics.json", settings, results, images, num_unseen, features, digest)
     draw(output_dir, autoencoders, images, size, device, with_grid=images.held_out or not beside_model)
     print_table(results)
@@ -239,7 +241,10 @@ def training_settings(model: str) -> dict[str, Any]:
     if not Path(model).exists():
         with suppress(OSError, ValueError):  # there is none
             path = Path(hf_hub_download(model, SETTINGS))
-    return read_json(path) if path.exists() else {}
+    if not path.exists():
+        return {}
+    with readable(path, "remove it, and the model is measured without what is known of its training"):
+        return read_object(path)
 
 
 def is_training_data(settings: EvaluationSettings, trained_with: dict[str, Any]) -> bool:
@@ -436,13 +441,26 @@ def write_metrics(
         unseen = {name: ours[f"unseen_{name}"] for name in ("psnr", "match")}
         records += figure_records(unseen, **measured | {"num_images": num_unseen})
     replaced = {(record["dataset"], record["split"]) for record in records}
-    metrics = read_json(path) if path.exists() else {}
-    if metrics.get("evaluation", {"weights": digest}).get("weights") != digest:
-        metrics["figures"] = []
-    kept = [figure for figure in metrics.get("figures", []) if (figure["dataset"], figure["split"]) not in replaced]
+    metrics, earlier = earlier_metrics(path, digest)
+    kept = [figure for measured_on, figure in earlier if measured_on not in replaced]
     numbers = {name: value for name, value in asdict(settings).items() if name.startswith("num_") or name == "seed"}
     metrics |= {"figures": kept + records, "evaluation": numbers | {"weights": digest, "results": results}}
     path.write_text(json.dumps(metrics, indent=2) + "\n", encoding="utf-8")
+
+
+def earlier_metrics(path: Path, digest: str) -> tuple[dict[str, Any], list[tuple[Any, dict[str, Any]]]]:
+    """What metrics.json holds, and its figures of the model of this digest, each with its data set and split.
+
+    Raises:
+        ValueError: if it cannot be read.
+    """
+    if not path.exists():
+        return {}, []
+    with readable(path, "remove it, or name another output_dir"):
+        metrics = read_object(path)
+        of_this_model = metrics.get("evaluation", {"weights": digest}).get("weights") == digest
+        figures = metrics.get("figures", []) if of_this_model else []
+        return metrics, [((figure["dataset"], figure["split"]), figure) for figure in figures]
 
 
 def draw(
