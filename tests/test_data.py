@@ -16,6 +16,7 @@ from data import (
     ImageSource,
     decode,
     hold_out,
+    identify,
     load_images,
     load_splits,
     take_examples,
@@ -318,6 +319,25 @@ def test_a_long_stream_is_sampled_from_a_part_of_its_row_groups_all_over(tmp_pat
     rows, seen = encoding.reservoir(images, 50, seed=0)
     assert seen == 10 * 20 >= encoding.SAMPLED_ROWS * len(rows) and len(rows) >= 50
     assert len({row["label"] for _, row in rows}) > 5  # the first 50 rows have two labels
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_data_set_is_told_from_one_of_other_images_labels_or_order_wherever_they_differ(streaming, tmp_path):
+    numbers, labels = list(range(200)), [index // 100 for index in range(200)]
+    others = {
+        "same": (numbers, labels),
+        "labels": (numbers, labels[::-1]),
+        "half of the images": (numbers[:100] + list(range(1000, 1100)), labels),
+        "order": (numbers[::-1], labels),
+    }
+    identities = {}
+    for name, (images, of_these) in {"first": (numbers, labels), **others}.items():
+        rows = {"image": [random_image(number) for number in images], "label": of_these}
+        features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(num_classes=2)})
+        datasets.Dataset.from_dict(rows, features).to_parquet(tmp_path / name / "train.parquet", batch_size=20)
+        source = ImageSource(dataset_name=str(tmp_path / name), streaming=streaming, cache_dir=str(tmp_path / "cache"))
+        identities[name] = identify(load_images(source), load_images(source), "image", "label")
+    assert [name for name in others if identities[name] == identities["first"]] == ["same"]
 
 
 @pytest.mark.parametrize(

@@ -169,7 +169,7 @@ def test_a_run_is_resumed_on_the_same_images_wherever_they_lie_and_on_no_others(
     (renamed / "train" / "class1").rename(renamed / "train" / "class2")
     for data, message in (
         (fewer, "number of held-out images was 8, got 7"),
-        (others, "digest of the first (training|held-out) images was '.*', got '.*'"),
+        (others, "digest of sampled (training|held-out) images and labels was '.*', got '.*'"),
         (renamed, r"class names was \['class0', 'class1'\], got \['class0', 'class2'\]"),
     ):
         with pytest.raises(ValueError, match=f"resumed on the images that it was started on: their ({message})"):
