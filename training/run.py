@@ -407,7 +407,8 @@ def save_model(
         "figures": figure_records(figures, **measured, measured_by="training/train.py"),
     }
     _write_json(output_dir / "metrics.json", metrics)
-    _write_json(output_dir / SETTINGS, asdict(settings) | {"changed_on_resume": history.changes})
+    record = {"changed_on_resume": history.changes, "images": state.images}
+    _write_json(output_dir / SETTINGS, asdict(settings) | record)
     (output_dir / "history.json").write_text(json.dumps(history.records) + "\n", encoding="utf-8")
     training_curves(history.records).savefig(output_dir / "training_curve.png", dpi=120)
 
