@@ -94,9 +94,13 @@ def reconstruct(
 
     loaded, processor = _load_model(model), _load_image_processor(model)
     paths = tqdm(images, desc="images read", disable=len(images) == 1)
-    originals = torch.cat([_read_image(path, "IMAGES", processor) for path in paths])
-    with torch.inference_mode():
-        reconstructions = torch.cat([loaded(batch).reconstruction for batch in originals.split(64)])
+    pixels = [_read_image(path, "IMAGES", processor) for path in paths]
+    try:
+        originals = torch.cat(pixels)
+        with torch.inference_mode():
+            reconstructions = torch.cat([loaded(batch).reconstruction for batch in originals.split(64)])
+    except (ValueError, RuntimeError) as error:  # images of another size than the model's, or of several
+        _stop(f"preprocessor_config.json of {model} must give images of the model's size: {error}")
     scale = max(1, 128 // originals.shape[-1])
     with _written(output, "--output"):
         output.parent.mkdir(parents=True, exist_ok=True)
@@ -335,12 +339,14 @@ def _load_model(path_or_repository: str) -> "CtrlCscModel":
     from transformers import AutoModel
 
     from ctrl_csc_hf import CtrlCscModel
+    from ctrl_csc_hf.records import DAMAGED
 
     try:
         model = AutoModel.from_pretrained(path_or_repository, trust_remote_code=False)
-    except (OSError, ValueError, RuntimeError) as error:  # transformers' for tensors of other shapes is the last
+    except (*DAMAGED, ValueError) as error:
         raise typer.BadParameter(
-            f"must be a folder or a Hub repository with a CTRL-CSC model, got {path_or_repository!r}: {error}",
+            f"must be a folder or a Hub repository with a CTRL-CSC model, got {path_or_repository!r}, of which "
+            f"config.json, model.safetensors or model.safetensors.index.json cannot be read: {error}",
             param_hint="--model",
         ) from error
     if not isinstance(model, CtrlCscModel):
@@ -368,12 +374,16 @@ def _folder(path_or_repository: str) -> Path:
 
 def _load_image_processor(path_or_repository: str) -> "CtrlCscImageProcessor":
     from ctrl_csc_hf import CtrlCscImageProcessor
+    from ctrl_csc_hf.records import DAMAGED
 
     try:
         return CtrlCscImageProcessor.from_pretrained(path_or_repository)
-    except OSError as error:
+    except (*DAMAGED, ValueError) as error:
         raise typer.BadParameter(
-            f"must hold an image processor beside its model, got {path_or_repository!r}: {error}", param_hint="--model"
+            f"must hold an image processor beside its model, got {path_or_repository!r}, of which "
+            f"preprocessor_config.json cannot be read: {error}; "
+            "CtrlCscImageProcessor(image_size=...).save_pretrained(...) writes it",
+            param_hint="--model",
         ) from error
 
 

@@ -182,3 +182,10 @@ def test_the_sweep_runs_what_is_missing(
     written = (tmp_path / "sweep" / "w_g_0-3" / "model.safetensors").stat().st_mtime_ns
     sweep.main(arguments)  # there already
     assert (tmp_path / "sweep" / "w_g_0-3" / "model.safetensors").stat().st_mtime_ns == written
+
+    record = tmp_path / "sweep" / "results.jsonl"
+    record.write_text(record.read_text(encoding="utf-8") + '{"row": "w_g', encoding="utf-8")
+    with pytest.raises(
+        ValueError, match=r"results\.jsonl cannot be read, .*: remove the line, and its row is run again"
+    ):
+        sweep.main(arguments)

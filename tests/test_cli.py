@@ -159,6 +159,42 @@ def test_a_model_that_does_not_load_is_named_by_the_argument_that_gave_it(
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("content", ["[]", "null", "{", '{"figures": [{}], "objective": "chess", "size": "s"}'])
+@pytest.mark.parametrize(
+    ("command", "name", "remedy"),
+    [
+        ("publish", "metrics.json", "remove it, and the model is published without what it records"),
+        ("publish", "training_args.json", "remove it, and the model is published without what it records"),
+        ("publish", "preprocessor_config.json", "remove it, and the processor of the model's image size is published"),
+        ("publish", "config.json", "must be a folder or a Hub repository with a CTRL-CSC model"),
+        ("reconstruct", "config.json", "must be a folder or a Hub repository with a CTRL-CSC model"),
+        ("reconstruct", "model.safetensors.index.json", "must be a folder or a Hub repository with a CTRL-CSC model"),
+        ("reconstruct", "preprocessor_config.json", "save_pretrained(...) writes it"),
+    ],
+)
+def test_a_damaged_json_file_is_named_with_what_to_do(
+    command: str, name: str, remedy: str, content: str, own_model: Path, photos: list[str], tmp_path: Path
+) -> None:
+    (own_model / name).write_text(content, encoding="utf-8")
+    if name == "model.safetensors.index.json":
+        (own_model / "model.safetensors").unlink()
+    arguments = {
+        "publish": ["--repo_id", "org/name", "--dry_run", str(tmp_path / "out")],
+        "reconstruct": [photos[0], "--output", str(tmp_path / "out" / "grid.png")],
+    }
+    result = CliRunner().invoke(app, [command, "--model", str(own_model), *arguments[command]])
+    words = " ".join(result.output.replace("│", " ").split())
+    assert isinstance(result.exception, SystemExit) and name in words and remedy in words, words
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_image_processor_of_another_size_is_one_line(own_model: Path, photos: list[str], tmp_path: Path) -> None:
+    CtrlCscImageProcessor(image_size=32).save_pretrained(own_model)
+    output = str(tmp_path / "grid.png")
+    result = CliRunner().invoke(app, ["reconstruct", photos[0], "--model", str(own_model), "--output", output])
+    assert result.exit_code == 1 and "must give images of the model's size" in result.output
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [

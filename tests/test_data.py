@@ -16,6 +16,7 @@ from data import (
     ImageSource,
     decode,
     hold_out,
+    identify,
     load_images,
     load_splits,
     take_examples,
@@ -93,6 +94,59 @@ def test_only_whole_names_of_folders_are_splits_and_labels(files, splits, labels
         assert labels is None or None not in [row["label"] for row in rows]
 
 
+@pytest.mark.parametrize(
+    ("files", "metadata", "bare"),
+    [  # of metadata files the images that they list
+        (["train/1", "train/2", "test/3"], {"": ["train/1", "train/2", "test/3"]}, r"(train|test)/\d"),
+        (["data/train/1", "data/test/2"], {"data": ["train/1", "test/2"]}, r"data/(train|test)/\d"),
+        (["train/1", "test/2"], {"train": ["1"]}, "test/2"),
+        (["cat/1", "dog/2"], {"cat": ["1"]}, "dog/2"),
+        (["train/1", "train/2", "test/3"], {"train": ["1", "2"], "test": ["3"]}, None),
+        (["train/cat/1", "train/dog/2", "test/3"], {"train/cat": ["1"], "train/dog": ["2"], "test": ["3"]}, None),
+        (["data/cat/1", "data/dog/2", "3"], {"": ["data/cat/1", "data/dog/2", "3"]}, None),
+    ],
+)
+def test_metadata_files_describe_all_images_of_their_split_or_are_told(files, metadata, bare, tmp_path):
+    for name in files:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        random_image(0).save(tmp_path / f"{name}.png")
+    for folder, names in metadata.items():
+        lines = ["file_name,kind", *(f"{name}.png,{name[-1]}" for name in names)]
+        (tmp_path / folder / "metadata.csv").write_text("\n".join(lines), encoding="utf-8")
+    if bare:
+        with pytest.raises(ValueError, match=rf"metadata.csv, but no metadata file in .* for {bare}\.png"):
+            find_data(str(tmp_path))
+    else:
+        found = find_data(str(tmp_path))
+        for split in datasets.get_dataset_split_names(**found):
+            rows = load_images(ImageSource(dataset_name=str(tmp_path), split=split, streaming=True), "kind")
+            kinds = {Path(row["image"]["path"]).stem: row["kind"] for row in rows}
+            expected = {name[-1]: int(name[-1]) for name in files if name.startswith("test") == (split == "test")}
+            assert kinds == expected
+
+
+@pytest.mark.parametrize("kind", ["png", "parquet"])
+def test_links_to_files_are_followed_and_others_are_told(kind, tmp_path):
+    rows = datasets.Dataset.from_dict({"image": [random_image(0)]}, datasets.Features({"image": datasets.Image()}))
+    for name in ("cat/1", "bird/1"):
+        path = tmp_path / "originals" / f"{name}.{kind}"
+        path.parent.mkdir(parents=True)
+        rows.to_parquet(path) if kind == "parquet" else random_image(0).save(path)
+        link = tmp_path / "linked" / f"{name}.{kind}"
+        link.parent.mkdir(parents=True)
+        link.symlink_to(path)
+    images = datasets.load_dataset(**find_data(str(tmp_path / "linked")), split="train", streaming=True)
+    assert len(list(images)) == 2
+    link = tmp_path / "linked" / "dog"
+    for target, said in ((tmp_path / "originals" / "cat", "a folder"), (tmp_path / "gone", "nothing")):
+        link.symlink_to(target)
+        with pytest.raises(ValueError, match=f"linked holds .*dog, a link to {said}, which would be passed over: put"):
+            find_data(str(tmp_path / "linked"))
+        link.unlink()
+    (tmp_path / "linked" / ".dog").symlink_to(tmp_path / "originals")  # hidden, as in any folder
+    assert find_data(str(tmp_path / "linked"))
+
+
 def test_a_folder_of_parquet_files_or_with_configurations_of_its_own_is_left_to_datasets(tmp_path):
     folder = tmp_path / "b[1]"
     rows = datasets.Dataset.from_dict({"image": [random_image(0)] * 3}, datasets.Features({"image": datasets.Image()}))
@@ -106,6 +160,34 @@ def test_a_folder_of_parquet_files_or_with_configurations_of_its_own_is_left_to_
     card = "---\nlicense: mit\nconfigs:\n- config_name: d\n  data_files:\n  - {split: odd, path: left/*}\n---\n"
     (tmp_path / "named" / "README.md").write_text(card, encoding="utf-8")
     assert datasets.get_dataset_split_names(**find_data(str(tmp_path / "named"))) == ["odd"]
+
+
+@pytest.mark.parametrize(
+    ("files", "wrong"),
+    [
+        (["boat", "train station"], "boat"),
+        (["train", "test", "extra"], "extra"),
+        (["data/train-00000-of-00001", "data/extra"], "data/extra"),
+        (["cat/0", "test/0"], "cat/0"),
+        (["train", "train test"], "train test"),  # in both
+        (["0", "boat"], None),
+        (["train-0", "train-1", "test station"], None),
+        (["train/0", "test/0", ".hidden/0"], None),
+    ],
+)
+@pytest.mark.parametrize("folder", ["tables", "b[1]"])
+def test_a_parquet_file_in_no_split_or_in_two_is_told(files, wrong, folder, tmp_path):
+    rows = datasets.Dataset.from_dict({"image": [random_image(0)]}, datasets.Features({"image": datasets.Image()}))
+    for name in files:
+        rows.to_parquet(tmp_path / folder / f"{name}.parquet")
+    if wrong:
+        with pytest.raises(ValueError, match=rf"\['{wrong}.parquet'\] belong to none or to several: call the files"):
+            find_data(str(tmp_path / folder))
+    else:
+        found = find_data(str(tmp_path / folder))
+        splits = datasets.get_dataset_split_names(**found)
+        counts = [len(list(datasets.load_dataset(**found, split=split, streaming=True))) for split in splits]
+        assert sum(counts) == sum(not name.startswith(".") for name in files)
 
 
 def test_without_a_label_column_there_are_no_labels(parquet_folder, tmp_path):
@@ -237,6 +319,25 @@ def test_a_long_stream_is_sampled_from_a_part_of_its_row_groups_all_over(tmp_pat
     rows, seen = encoding.reservoir(images, 50, seed=0)
     assert seen == 10 * 20 >= encoding.SAMPLED_ROWS * len(rows) and len(rows) >= 50
     assert len({row["label"] for _, row in rows}) > 5  # the first 50 rows have two labels
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_data_set_is_told_from_one_of_other_images_labels_or_order_wherever_they_differ(streaming, tmp_path):
+    numbers, labels = list(range(200)), [index // 100 for index in range(200)]
+    others = {
+        "same": (numbers, labels),
+        "labels": (numbers, labels[::-1]),
+        "half of the images": (numbers[:100] + list(range(1000, 1100)), labels),
+        "order": (numbers[::-1], labels),
+    }
+    identities = {}
+    for name, (images, of_these) in {"first": (numbers, labels), **others}.items():
+        rows = {"image": [random_image(number) for number in images], "label": of_these}
+        features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(num_classes=2)})
+        datasets.Dataset.from_dict(rows, features).to_parquet(tmp_path / name / "train.parquet", batch_size=20)
+        source = ImageSource(dataset_name=str(tmp_path / name), streaming=streaming, cache_dir=str(tmp_path / "cache"))
+        identities[name] = identify(load_images(source), load_images(source), "image", "label")
+    assert [name for name in others if identities[name] == identities["first"]] == ["same"]
 
 
 @pytest.mark.parametrize(

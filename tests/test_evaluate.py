@@ -226,6 +226,63 @@ def test_a_card_reads_figures_of_the_training_data_or_of_data_with_an_id_and_sho
         caplog.clear()
 
 
+def copied(data: str, folder: Path, **splits: tuple[str, slice]) -> str:
+    """A copy of a data set, each of whose splits has some rows of a split of it."""
+    for split, (of, rows) in splits.items():
+        dataset = datasets.Dataset.from_parquet(f"{data}/{of}.parquet", cache_dir=str(folder.with_suffix(".cache")))
+        dataset.select(range(len(dataset))[rows]).to_parquet(folder / f"{split}.parquet")
+    return str(folder)
+
+
+def test_images_of_another_copy_of_the_data_set_are_held_out_only_if_training_held_them_out(
+    evaluate: ModuleType,
+    settings: Callable[..., Any],
+    train: Callable[..., Path],
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    data = labelled(tmp_path / "data", [index % 3 for index in range(30)])
+    every, back = slice(None), slice(None, None, -1)
+    one_split = copied(data, tmp_path / "one", train=("train", every))
+    id_flags = ("--max_train_steps", "1", "--hub_dataset_id", "org/data")
+    part_held_out = train(*id_flags, data=Path(one_split), output="part")
+    split_held_out = train(*id_flags, data=Path(data), output="split")
+    before = written(part_held_out), (part_held_out / "reconstructions.png").read_bytes()
+
+    for model, splits, split, same in (
+        (part_held_out, {"train": ("train", every)}, None, True),
+        (part_held_out, {"train": ("train", back)}, None, False),
+        (part_held_out, {"train": ("train", slice(20)), "test": ("train", slice(20, None))}, None, False),
+        (split_held_out, {"train": ("train", back), "test": ("test", every)}, "test", True),
+        (split_held_out, {"train": ("train", every), "test": ("test", every), "val": ("test", back)}, "test", True),
+        (split_held_out, {"train": ("train", every)}, None, False),
+        (split_held_out, {"train": ("test", every), "test": ("train", every)}, None, False),
+    ):
+        copy = copied(data, tmp_path / f"copy{len(list(tmp_path.iterdir()))}", **splits)
+        caplog.clear()
+        given = settings(model=str(model), train_data_dir=copy, hub_dataset_id="org/data", split=split)
+        images = evaluate.load_data(given, 16)
+        assert images.held_out == images.recorded == same == ("may be training images" not in caplog.text), splits
+
+    backwards = copied(data, tmp_path / "backwards", train=("train", back))
+    given = {"train_data_dir": backwards, "hub_dataset_id": "org/data", "output_dir": str(part_held_out)}
+    evaluate.main(settings(model=str(part_held_out), **given))
+    assert before == (written(part_held_out), (part_held_out / "reconstructions.png").read_bytes())
+    assert written(part_held_out / "evaluation")["figures"]
+
+
+def test_of_a_model_that_does_not_tell_its_images_only_another_split_is_held_out(
+    evaluate: ModuleType, settings: Callable[..., Any], tmp_path: Path
+) -> None:
+    data = labelled(tmp_path / "data", [index % 3 for index in range(30)])
+    one_split = copied(data, tmp_path / "one", train=("train", slice(None)))
+    (tmp_path / "training_args.json").write_text('{"hub_dataset_id": "org/data"}', encoding="utf-8")
+    for folder, held_out in ((data, True), (one_split, False)):
+        given = settings(model=str(tmp_path), train_data_dir=folder, hub_dataset_id="org/data")
+        images = evaluate.load_data(given, 16)
+        assert images.held_out == images.recorded == held_out
+
+
 def test_the_part_held_out_in_training_is_measured_whatever_the_labels_of_the_probe(
     evaluate: ModuleType, settings: Callable[..., Any], train: Callable[..., Path], tmp_path: Path
 ) -> None:
@@ -257,6 +314,17 @@ def test_a_folder_holds_the_figures_of_one_model(
         given = settings(model="any", hub_dataset_id=dataset)
         evaluate.write_metrics(tmp_path / "metrics.json", given, results, images, 0, None, digest)
         assert {figure["dataset"] for figure in written(tmp_path)["figures"]} == expected
+
+
+@pytest.mark.parametrize("content", ["[]", "{", '{"figures": [{}]}', '{"figures": 3}'])
+def test_a_damaged_record_is_named_with_what_to_do(evaluate: ModuleType, content: str, tmp_path: Path) -> None:
+    for name in ("metrics.json", "training_args.json"):
+        (tmp_path / name).write_text(content, encoding="utf-8")
+    with pytest.raises(ValueError, match=r"metrics\.json cannot be read, .*: remove it, or name another output_dir$"):
+        evaluate.earlier_metrics(tmp_path / "metrics.json", "digest")
+    if "figures" not in content:
+        with pytest.raises(ValueError, match=r"training_args\.json cannot be read, .*: remove it, and the model is"):
+            evaluate.training_settings(str(tmp_path))
 
 
 @pytest.mark.parametrize(

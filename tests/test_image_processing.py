@@ -193,6 +193,29 @@ def test_the_transparent_color_of_a_png_of_any_depth_is_white(bits, colors, tran
     assert image.info == before
 
 
+@pytest.mark.parametrize(
+    ("bits", "pixel", "transparent", "expected"),
+    [
+        (8, (85,), (1,), 85),
+        (8, (34,), (2,), 34),
+        (8, (85,), (85,), 255),
+        (2, (1,), (1,), 255),
+        (2, (1,), (0,), 85),
+        (4, (2,), (2,), 255),
+        (16, (3, 4, 5), (3, 4, 5), 255),  # no part of which is beyond 8 bits
+        (16, (768, 1024, 1280), (3, 4, 5), (3, 4, 5)),
+    ],
+)
+@pytest.mark.parametrize("loaded", [False, True])
+def test_a_flat_png_is_white_only_if_its_color_is_the_transparent_one(bits, pixel, transparent, expected, loaded):
+    row = "".join(f"{value:0{bits}b}" for value in pixel * SIZE)
+    rows = [int(row, 2).to_bytes(len(row) // 8, "big")] * SIZE
+    image = png(bits, 0 if len(pixel) == 1 else 2, rows, transparent)
+    if loaded:
+        image.load()
+    torch.testing.assert_close(process(image), to_unit(np.broadcast_to(expected, (SIZE, SIZE, 3))))
+
+
 @pytest.mark.parametrize("mode", ["I;16", "I;16B", "I"])
 def test_16_bit_grey_is_scaled_not_clipped(mode):
     values = np.linspace(0, 65535, SIZE * SIZE).round().astype(np.uint16).reshape(SIZE, SIZE)
@@ -435,6 +458,33 @@ def test_image_size_must_be_a_positive_integer(image_size):
 def test_sizes_that_it_does_not_know_are_refused(size):
     with pytest.raises(ValueError, match=r"size=\{.*\} is not allowed: it must have shortest_edge, or height"):
         process(WIDE, size=size)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "wanted"),
+    [
+        ("image_std", 0, "a positive number, or a list of 3"),
+        ("image_std", [0.5, 0.0, 0.5], "a positive number"),
+        ("image_std", -0.5, "a positive number"),
+        ("image_std", float("nan"), "a positive number"),
+        ("image_std", 1e-50, "a positive number"),
+        ("image_std", [0.5, 0.5], "a positive number, or a list of 3"),
+        ("image_std", ["a", "b", "c"], "a positive number"),
+        ("image_mean", float("inf"), "a finite number, or a list of 3"),
+        ("image_mean", [0.5, float("nan"), 0.5], "a finite number"),
+        ("image_mean", [0.5], "a finite number, or a list of 3"),
+        ("rescale_factor", 0, "a positive number$"),
+        ("rescale_factor", -1 / 255, "a positive number$"),
+        ("rescale_factor", float("nan"), "a positive number$"),
+        ("rescale_factor", [1 / 255] * 3, "a positive number$"),
+        ("crop_size", {"height": 0, "width": 8}, "height and width, both positive"),
+        ("crop_size", {"height": 8, "width": -1}, "height and width, both positive"),
+        ("crop_size", {"shortest_edge": 8}, "height and width, both positive"),
+    ],
+)
+def test_numbers_that_would_make_no_pixels_are_refused(name, value, wanted):
+    with pytest.raises(ValueError, match=rf"^{name}=.* is not allowed: it must (be|have) {wanted}"):
+        CtrlCscImageProcessor(**{name: value})(PIXELS)
 
 
 def test_saved_settings_load_again(tmp_path):

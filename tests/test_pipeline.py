@@ -249,9 +249,11 @@ def test_what_a_folder_holds_of_another_model_is_removed_when_a_pipeline_is_save
     sampler = LatentSampler(torch.ones(1), torch.zeros(1, 8), [torch.eye(8)])
     CtrlCscPipeline(pipe.model, pipe.image_processor, sampler).save_pretrained(tmp_path)
     records = {"README.md", "metrics.json", "reconstructions.png", "training_args.json", "examples/0.png"}
-    own = {"notes.md", "examples/own.txt", "metrics.csv"}
-    (tmp_path / "examples").mkdir()
+    measured = {"rivals.png", "neighbours.png", "correlations.png", "evaluation/metrics.json", "evaluation/rivals.png"}
+    records |= measured | {"history.json", "training_curve.png", "samples/step-000500.png"}
+    own = {"notes.md", "examples/own.txt", "metrics.csv", "samples/own.png", "evaluation/own.png"}
     for name in records | own:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text(name, encoding="utf-8")
     saved = CtrlCscPipeline.from_pretrained(tmp_path, sampler=None)
     if change == "other weights":

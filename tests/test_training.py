@@ -169,7 +169,7 @@ def test_a_run_is_resumed_on_the_same_images_wherever_they_lie_and_on_no_others(
     (renamed / "train" / "class1").rename(renamed / "train" / "class2")
     for data, message in (
         (fewer, "number of held-out images was 8, got 7"),
-        (others, "digest of the first (training|held-out) images was '.*', got '.*'"),
+        (others, "digest of sampled (training|held-out) images and labels was '.*', got '.*'"),
         (renamed, r"class names was \['class0', 'class1'\], got \['class0', 'class2'\]"),
     ):
         with pytest.raises(ValueError, match=f"resumed on the images that it was started on: their ({message})"):
@@ -243,6 +243,18 @@ def test_a_resumed_run_applies_and_records_the_settings_that_were_changed(train:
     assert updates("--decoder_learning_rate", "1e-7")["decoder"] < 1e-5 < same["decoder"]
     assert updates("--ema_decay", "0.0")["behind"] < 1e-6 < same["behind"]
     assert updates("--adam_beta1", "0.9")["decoder"] != same["decoder"]
+
+
+def test_a_run_in_the_folder_of_another_model_leaves_none_of_its_records(train: Train) -> None:
+    folder = train()
+    for checkpoint in folder.glob("checkpoint-*"):
+        shutil.rmtree(checkpoint)
+    for name in ("rivals.png", "neighbours.png", "correlations.png"):  # of evaluate.py
+        (folder / name).touch()
+    train("--max_train_steps", "3", "--seed", "1")
+    assert not {"rivals.png", "neighbours.png", "correlations.png"} & {path.name for path in folder.iterdir()}
+    samples = sorted(path.name for path in (folder / "samples").iterdir())
+    assert samples == ["step-000000.png", "step-000002.png", "step-000003.png"]
 
 
 @pytest.mark.parametrize("scheduler", SCHEDULERS)

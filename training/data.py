@@ -6,10 +6,10 @@ import math
 import random
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from itertools import product
+from itertools import islice, product
 from pathlib import Path
 from typing import Any, Literal
 
@@ -29,6 +29,7 @@ from ctrl_csc_hf.encoding import (
     image_bytes,
     open_image,
     reservoir,
+    rows_of,
     undecoded,
 )
 from ctrl_csc_hf.image_processing_ctrl_csc import CtrlCscImageProcessor
@@ -44,7 +45,8 @@ Augmentation = Literal["none", "flip", "crop_and_flip"]
 HELD_OUT_SPLITS = ("validation", "valid", "val", "dev", "test")  # of train.py, in this order, where none is named
 AUGMENTATIONS = ("none", "flip", "crop_and_flip")
 RESAMPLE = CtrlCscImageProcessor.resample
-IDENTIFYING = 32  # images, at most, whose contents tell a data set from others
+IDENTIFYING = 128  # images, at most, that with their labels tell a data set from others
+PLACES = 16  # where these are read in a stream
 CROP_AREA = (0.5, 1.0)
 CROP_RATIO = (3 / 4, 4 / 3)
 
@@ -163,23 +165,45 @@ def load_splits(
 def identify(
     training: ImageDataset, held_out: ImageDataset, image_column: str, label_column: str | None
 ) -> dict[str, Any]:
-    """What tells the images of a run from others, without naming where they lie, for its checkpoints."""
+    """What tells the images of a run from others, without naming where they lie, for its checkpoints.
+
+    The digests are of images, as encoded, and labels that are drawn from all rows. Of a stream, whose rows cannot be
+    reached one by one, they are of the first rows of row groups, or of other shards, drawn from all: what changes
+    elsewhere goes unnoticed.
+    """
     identity: dict[str, Any] = {
         "image column": image_column,
         "label column": label_column,
         "class names": getattr(training.features.get(label_column), "names", None),
     }
-    for kind, images in (("training", training), ("held-out", held_out)):
+    parts = {"training": training, "held-out": held_out}
+    for kind, images in parts.items():
         if isinstance(images, datasets.IterableDataset):
             identity[f"number of {kind} shards"] = images.num_shards
         else:
             identity[f"number of {kind} images"] = len(images)
+    for kind, images in parts.items():
         digest = hashlib.blake2b(digest_size=16)
-        for encoded in next(iter(images.iter(IDENTIFYING)), {image_column: []})[image_column]:
+        for row in _identifying_rows(images):
+            digest.update(repr(row.get(label_column)).encode())
             with suppress(Exception):  # what cannot be read identifies nothing
-                digest.update(image_bytes(encoded))
-        identity[f"digest of the first {kind} images"] = digest.hexdigest()
+                digest.update(image_bytes(row[image_column]))
+        identity[f"digest of sampled {kind} images and labels"] = digest.hexdigest()
     return identity
+
+
+def _identifying_rows(images: ImageDataset) -> Iterator[dict[str, Any]]:
+    if isinstance(images, datasets.Dataset):
+        yield from (row for _, row in islice(draw_rows(images, IDENTIFYING, seed=0), IDENTIFYING))
+        return
+    generator = np.random.default_rng(0)
+
+    def part_of(stream: datasets.IterableDataset) -> datasets.IterableDataset:
+        return stream.shard(stream.num_shards, int(generator.integers(stream.num_shards)))
+
+    for _ in range(PLACES):
+        row_group = part_of(part_of(images).reshard())
+        yield from rows_of(next(iter(row_group.iter(IDENTIFYING // PLACES)), {}))
 
 
 def number_classes(label_column: str, *parts: Sequence[int | None]) -> tuple[list[int], list[Tensor]]:

@@ -5,7 +5,8 @@
 
 PCA of the same d and the mean image, fitted on the training split, are always there. Prints a table; writes into
 OUTPUT_DIR metrics.json and pictures. The model card reads the model's figures where OUTPUT_DIR is the model's folder;
-there, figures of a local data set that the model was not trained on go into OUTPUT_DIR/evaluation.
+there, figures of a local data set that the model was not trained on, and of images that it may have been trained on,
+go into OUTPUT_DIR/evaluation.
 
 Definitions: PSNR is the mean over images of the clipped images' PSNR, in dB. match@n is the share of the first n
 images whose reconstruction's nearest latent, by cosine among those n, is their own (for PCA: among PCA's latents).
@@ -37,6 +38,7 @@ from data import (
     ImageSource,
     decode,
     find_held_out_split,
+    identify,
     load_images,
     load_splits,
     number_classes,
@@ -45,7 +47,7 @@ from data import (
 )
 from ema import GRID_IMAGES
 from huggingface_hub import hf_hub_download
-from run import SETTINGS, figure_records, one_line_errors, read_json, save_grid
+from run import SETTINGS, figure_records, one_line_errors, readable, save_grid
 from settings import hub_id, option
 from stream import ImageLoader, ImageStream
 from torch import Tensor
@@ -69,6 +71,7 @@ from ctrl_csc_hf.metrics import (
     nearest_latent_match,
     peak_signal_to_noise_ratio,
 )
+from ctrl_csc_hf.records import read_object
 from ctrl_csc_hf.visualization import correlation_map, image_table
 
 logger = logging.getLogger(__name__)
@@ -174,6 +177,16 @@ def main(settings: EvaluationSettings) -> dict[str, dict[str, Any]]:
         raise ValueError(f"rivals must take images of the model's size, got sides of {sorted(sizes)} pixels")
     (size,) = sizes
     images = load_data(settings, size)
+    output_dir = Path(settings.output_dir)
+    beside_model = settings.is_beside_model and images.recorded
+    if settings.is_beside_model and not images.recorded:
+        output_dir /= "evaluation"
+        print(
+            "This is not known to be the data set that the model was trained on, and it has no other id on the Hub "
+            "(--hub_dataset_id) by which the model's card could name it: the model's metrics.json stays as it is"
+        )
+    digest = digest_of(models[MODEL])
+    earlier_metrics(output_dir / "metrics.json", digest)  # before hours of measuring
     unseen = None
     if settings.unseen_dataset_name:
         source = ImageSource(
@@ -200,17 +213,8 @@ def main(settings: EvaluationSettings) -> dict[str, dict[str, Any]]:
             figures |= measure_unseen(rival, unseen, images.test[: len(unseen)], device)
         results[name] = figures
 
-    output_dir = Path(settings.output_dir)
-    beside_model = settings.is_beside_model and images.recorded
-    if settings.is_beside_model and not images.recorded:
-        output_dir /= "evaluation"
-        print(
-            "This is not the data set that the model was trained on, and it has no id on the Hub of its own "
-            "(--hub_dataset_id) by which the model's card could name it: the model's metrics.json stays as it is"
-        )
     output_dir.mkdir(parents=True, exist_ok=True)
     num_unseen = 0 if unseen is None else len(unseen)
-    digest = digest_of(models[MODEL])
     write_metrics(output_dir / "metrics.json", settings, results, images, num_unseen, features, digest)
     draw(output_dir, autoencoders, images, size, device, with_grid=images.held_out or not beside_model)
     print_table(results)
@@ -239,11 +243,14 @@ def training_settings(model: str) -> dict[str, Any]:
     if not Path(model).exists():
         with suppress(OSError, ValueError):  # there is none
             path = Path(hf_hub_download(model, SETTINGS))
-    return read_json(path) if path.exists() else {}
+    if not path.exists():
+        return {}
+    with readable(path, "remove it, and the model is measured without what is known of its training"):
+        return read_object(path)
 
 
 def is_training_data(settings: EvaluationSettings, trained_with: dict[str, Any]) -> bool:
-    """Whether the data set is the one of the model's training: of the same Hub id, or in the same local folder."""
+    """Whether the data set is called that of the model's training: by its Hub id, or by its local folder."""
     if settings.dataset_config_name not in (None, trained_with.get("dataset_config_name")):
         return False
     if settings.hub_dataset_id and settings.hub_dataset_id == trained_with.get("hub_dataset_id"):
@@ -251,6 +258,36 @@ def is_training_data(settings: EvaluationSettings, trained_with: dict[str, Any])
     here = settings.train_data_dir or settings.dataset_name
     there = trained_with.get("train_data_dir") or trained_with.get("dataset_name")
     return there is not None and Path(there).exists() and Path(here).resolve() == Path(there).resolve()
+
+
+def are_same_images(source: ImageSource, trained_with: dict[str, Any], split: str) -> bool:
+    """Whether training has seen none of the images of a split, or none of its part that train.py holds out.
+
+    A copy of the data set may have another order, of which train.py would hold out other images, or other splits. So
+    the run's own held-out images, or for another split its training images, must be the same by `identify`. Of a model
+    that older code trained, these are not known; then only a split of its own is trusted.
+
+    Args:
+        source: with the column of labels that the run had.
+        trained_with: what train.py wrote about the run.
+    """
+    known = trained_with.get("images")
+    if known is None:
+        return split != source.split
+    try:
+        training, held_out, held_out_split = load_splits(
+            source,
+            trained_with["validation_split"],
+            trained_with["num_validation_images"],
+            seed=trained_with["seed"],
+            preferred=HELD_OUT_SPLITS,
+        )
+    except ValueError:  # it has no such split
+        return False
+    columns = find_columns(training.features, source.image_column, source.label_column)
+    found = identify(training, held_out, *columns)
+    kind = "held-out" if split == held_out_split else "training"
+    return all(found.get(name) == value for name, value in known.items() if kind in name)
 
 
 def load_data(settings: EvaluationSettings, image_size: int) -> Images:
@@ -270,19 +307,27 @@ def load_data(settings: EvaluationSettings, image_size: int) -> Images:
         image_column=settings.image_column or trained_with.get("image_column"),
         label_column=settings.label_column,
     )
+    class_source = replace(source, label_column=trained_with.get("label_column", settings.label_column))
     training, test, split = load_splits(
         source,
         settings.split,
         trained_with.get("num_validation_images", settings.num_images),
         seed=trained_with.get("seed", settings.seed),
         preferred=TEST_SPLITS,
-        class_source=replace(source, label_column=trained_with.get("label_column", settings.label_column)),
+        class_source=class_source,
     )
     held_out = of_training_data
     if split == source.split:
         held_out &= find_held_out_split(source, trained_with.get("validation_split"), HELD_OUT_SPLITS) == split
         if of_training_data and not held_out:
             logger.warning("The model was trained on all images of the split %r, also on those measured here", split)
+    if held_out and not are_same_images(class_source, trained_with, split):
+        held_out = recorded = False
+        logger.warning(
+            "The images of the split %r may be training images, as this is another copy of the data set than the model "
+            "was trained on, or the model does not tell: give the same copy, or --split of images that it has not seen",
+            split,
+        )
     image_column, label_column = find_columns(training.features, source.image_column, settings.label_column)
 
     def draw_pixels(rows: ImageDataset, count: int) -> tuple[Tensor, list[int | None] | None]:
@@ -436,13 +481,26 @@ def write_metrics(
         unseen = {name: ours[f"unseen_{name}"] for name in ("psnr", "match")}
         records += figure_records(unseen, **measured | {"num_images": num_unseen})
     replaced = {(record["dataset"], record["split"]) for record in records}
-    metrics = read_json(path) if path.exists() else {}
-    if metrics.get("evaluation", {"weights": digest}).get("weights") != digest:
-        metrics["figures"] = []
-    kept = [figure for figure in metrics.get("figures", []) if (figure["dataset"], figure["split"]) not in replaced]
+    metrics, earlier = earlier_metrics(path, digest)
+    kept = [figure for measured_on, figure in earlier if measured_on not in replaced]
     numbers = {name: value for name, value in asdict(settings).items() if name.startswith("num_") or name == "seed"}
     metrics |= {"figures": kept + records, "evaluation": numbers | {"weights": digest, "results": results}}
     path.write_text(json.dumps(metrics, indent=2) + "\n", encoding="utf-8")
+
+
+def earlier_metrics(path: Path, digest: str) -> tuple[dict[str, Any], list[tuple[Any, dict[str, Any]]]]:
+    """What metrics.json holds, and its figures of the model of this digest, each with its data set and split.
+
+    Raises:
+        ValueError: if it cannot be read.
+    """
+    if not path.exists():
+        return {}, []
+    with readable(path, "remove it, or name another output_dir"):
+        metrics = read_object(path)
+        of_this_model = metrics.get("evaluation", {"weights": digest}).get("weights") == digest
+        figures = metrics.get("figures", []) if of_this_model else []
+        return metrics, [((figure["dataset"], figure["split"]), figure) for figure in figures]
 
 
 def draw(

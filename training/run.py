@@ -8,7 +8,7 @@ import shutil
 import signal
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from textwrap import shorten
@@ -19,7 +19,6 @@ from accelerate import Accelerator, PartialState
 from accelerate.utils import gather_object
 from datasets.exceptions import DatasetsError
 from ema import GRID_IMAGES, AverageOfWeights
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from settings import FIXED, WITHOUT_INFLUENCE, TrainingSettings
 from stream import ImageLoader, Place
@@ -27,9 +26,10 @@ from torch import Tensor
 from torch.optim import Optimizer
 from warmup import Descent
 
-from ctrl_csc_hf import CtrlCscImageProcessor, CtrlCscModel
+from ctrl_csc_hf import CtrlCscImageProcessor, CtrlCscModel, records
 from ctrl_csc_hf.distributed import sum_over_processes
 from ctrl_csc_hf.metrics import peak_signal_to_noise_ratio
+from ctrl_csc_hf.records import read_object
 from ctrl_csc_hf.repository_ctrl_csc import remove_other_model
 from ctrl_csc_hf.visualization import reconstruction_grid, training_curves
 
@@ -140,13 +140,13 @@ class TrainingState:
             ValueError: for a setting that may not change and for other images, with both values, and for a file
                 that cannot be read.
         """
-        numbers, earlier = read_json(folder / NUMBERS), read_json(folder / SETTINGS)
         random_state = folder / f"random_state_{PartialState().process_index}.safetensors"
         with readable(folder / NUMBERS):
+            numbers = read_object(folder / NUMBERS)
             step = numbers["history"]["step"]
             descents = {name: numbers["descents"][name] for name in self.descents}
         with readable(folder / SETTINGS):
-            changes = self._changes(earlier, step)
+            changes = self._changes(read_object(folder / SETTINGS), step)
         with readable(folder / NUMBERS):
             for name, value in self.images.items():
                 if value != (before := numbers["images"][name]):
@@ -289,27 +289,15 @@ def _restore_random_state(state: dict[str, Tensor]) -> None:
         torch.cuda.set_rng_state(state["cuda"])
 
 
-@contextmanager
-def readable(path: Path) -> Iterator[None]:
-    """Raises a ValueError that names the file of a checkpoint where its content is not what it should be."""
-    try:
-        yield
-    except (
-        OSError, SafetensorError, LookupError, TypeError, AttributeError, RuntimeError, json.JSONDecodeError,
-        UnicodeDecodeError,
-    ) as error:  # fmt: skip
-        raise ValueError(
-            f"{path} cannot be read, {error!r}: to resume from the checkpoint before, remove the folder {path.parent}"
-        ) from error
+def readable(path: Path, remedy: str | None = None) -> AbstractContextManager[None]:
+    """Raises a ValueError that names the file where its content is not what it should be.
 
-
-def read_json(path: Path) -> dict[str, Any]:
-    """The entries of a JSON file; ValueError where it cannot be read."""
-    with readable(path):
-        content = json.loads(path.read_text(encoding="utf-8"))
-        if not isinstance(content, dict):
-            raise TypeError(f"it must hold an object, but holds {content!r}")
-        return content
+    Args:
+        path: by default a file of a checkpoint.
+        remedy: what can be done about another one.
+    """
+    resume_from_before = f"to resume from the checkpoint before, remove the folder {path.parent}"
+    return records.readable(path, remedy or resume_from_before)
 
 
 def _write_json(path: Path, content: Any) -> None:
@@ -374,6 +362,11 @@ def save_grid(path: Path, originals: Tensor, reconstructions: Tensor) -> None:
     reconstruction_grid(originals[: len(reconstructions)], reconstructions, scale=scale).save(path)
 
 
+def sample_path(output_dir: Path, step: int) -> Path:
+    """Where a run shows what it makes of held-out images at a step."""
+    return output_dir / "samples" / f"step-{step:06d}.png"
+
+
 @torch.no_grad()
 def save_model(
     model: CtrlCscModel, output_dir: Path, state: TrainingState, held_out: Tensor, split: str, mean_image: Tensor
@@ -385,7 +378,8 @@ def save_model(
         held_out: images (n, C, H, W) of the data set's `split`.
         mean_image: of training images (C, H, W): a model whose reconstructions are no closer has learned nothing.
     """
-    remove_other_model(output_dir, model)  # such as the sampler of the model before it was resumed
+    samples = {sample_path(output_dir, record["step"]) for record in state.history.records}
+    remove_other_model(output_dir, model, keep=samples)  # such as the sampler of the model before it was resumed
     model.save_pretrained(output_dir)
     shown = held_out[:GRID_IMAGES]
     reconstructions = model(shown.to(model.device), return_dict=True).reconstruction.cpu()
@@ -413,7 +407,8 @@ def save_model(
         "figures": figure_records(figures, **measured, measured_by="training/train.py"),
     }
     _write_json(output_dir / "metrics.json", metrics)
-    _write_json(output_dir / SETTINGS, asdict(settings) | {"changed_on_resume": history.changes})
+    record = {"changed_on_resume": history.changes, "images": state.images}
+    _write_json(output_dir / SETTINGS, asdict(settings) | record)
     (output_dir / "history.json").write_text(json.dumps(history.records) + "\n", encoding="utf-8")
     training_curves(history.records).savefig(output_dir / "training_curve.png", dpi=120)
 

@@ -24,7 +24,7 @@ import yaml
 from autoencoders import load_model
 from data import ImageSource, load_images, take_examples
 from matplotlib.figure import Figure
-from run import one_line_errors
+from run import one_line_errors, readable
 from torch import Tensor
 
 from ctrl_csc_hf.encoding import find_columns
@@ -113,10 +113,14 @@ def parse_arguments() -> argparse.Namespace:
 def main(arguments: argparse.Namespace) -> None:
     arguments.output_dir.mkdir(parents=True, exist_ok=True)
     record = arguments.output_dir / "results.jsonl"
-    results = [json.loads(line) for line in record.read_text(encoding="utf-8").splitlines()] if record.exists() else []
+    results, done = [], set()
+    if record.exists():
+        with readable(record, "remove the line, and its row is run again"):
+            results = [json.loads(line) for line in record.read_text(encoding="utf-8").splitlines()]
+            done = {(result["row"], result["seed"]) for result in results}
     for seed in arguments.seeds:
         for row in arguments.rows:
-            if not any((result["row"], result["seed"]) == (row, seed) for result in results):
+            if (row, seed) not in done:
                 results.append(run(row, seed, arguments))
                 with record.open("a", encoding="utf-8") as file:
                     file.write(json.dumps(results[-1]) + "\n")
@@ -214,11 +218,11 @@ def draw(results: list[dict[str, Any]], output_dir: Path) -> Figure:
     panels = figure.subplots(1, 3)
     for result in results:
         label = result["row"] + (f", seed {result['seed']}" if result["seed"] else "")
-        records = json.loads(
-            (folder_of(result["row"], result["seed"], output_dir) / "history.json").read_text(encoding="utf-8")
-        )
+        history = folder_of(result["row"], result["seed"], output_dir) / "history.json"
         for axes, key in zip(panels, ("psnr", "rate"), strict=False):
-            points = [(record["step"], record[key]) for record in records if key in record]
+            with readable(history, "remove its row's line of results.jsonl, and the row is run again"):
+                records = json.loads(history.read_text(encoding="utf-8"))
+                points = [(record["step"], record[key]) for record in records if key in record]
             axes.plot(*zip(*points, strict=True), label=label, linewidth=1.2)
         panels[2].plot(result["psnr"], result["frechet_distance"], "o", label=label)
     for axes, x, y in zip(

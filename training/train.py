@@ -32,6 +32,7 @@ from run import (
     find_checkpoint,
     one_line_errors,
     readable,
+    sample_path,
     save_checkpoint,
     save_grid,
     save_model,
@@ -208,7 +209,7 @@ def main(settings: TrainingSettings, config: CtrlCscConfig) -> Path:
         found, reconstructions = held_out_figures(evaluated, held_out, settings.train_batch_size, settings.distortion)
         history.record(history.step, **found)
         accelerator.log(found, step=history.step)
-        save_grid(output_dir / "samples" / f"step-{history.step:06d}.png", held_out, reconstructions)
+        save_grid(sample_path(output_dir, history.step), held_out, reconstructions)
         tqdm.write(
             f"step {history.step}: held-out PSNR {found['held_out_psnr']:.2f} dB, "
             f"match {found['held_out_match']:.1%}, R(Z) {found['held_out_rate']:.1f} nats, "

@@ -5,17 +5,18 @@ import heapq
 import logging
 import os
 import re
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from io import BytesIO
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any, TypeAlias
 
 import datasets
 import numpy as np
 import torch
-from datasets.data_files import get_data_patterns
+from datasets.data_files import DataFilesDict, get_data_patterns
 from datasets.packaged_modules.imagefolder.imagefolder import ImageFolder
 from datasets.utils.file_utils import xopen
 from PIL import Image
@@ -66,52 +67,89 @@ def find_data(name: str) -> dict[str, Any]:
     lie in folders that are called train, training, validation, valid, val, dev, test or testing, and some of them in
     one of the first two, these folders are the splits; otherwise all images are the split "train". If all images of
     all splits lie equally deep in folders of more than one name, these names are the labels; otherwise there are none.
-    A folder of Parquet, Arrow or tar files, or one whose README.md says which files are which split, is read as
-    `datasets` reads it.
+    Where there are metadata files (metadata.csv, metadata.jsonl or metadata.parquet), images are those they list, with
+    their columns instead of such labels. A folder of Parquet, Arrow or tar files, or one whose README.md says which
+    files are which split, is read as `datasets` reads it.
 
     Args:
         name: a Hub id, or a local folder.
 
     Raises:
         OSError: for a folder without data.
+        ValueError: for what `datasets` would pass over or read twice: a link to a folder or to nothing, a file of many
+            images whose name puts it into no split or into several, and a metadata file that lies above the folders of
+            splits, or images beside those of a metadata file.
     """
     root = Path(name)
     if not root.is_dir():
         return {"path": name}
     escaped = glob.escape(str(root.resolve()))
-    images, has_tables = _images_in(root)
-    if has_tables or not images or _names_its_files(root / "README.md"):
-        if escaped == str(root.resolve()):
+    images, tables, metadata = ([], [], []) if _names_its_files(root / "README.md") else _files_in(root)
+    if tables or not images:
+        is_literal = escaped == str(root.resolve())
+        if is_literal and not tables:
             return {"path": name}
         patterns = get_data_patterns(escaped)
+        splits_of = Counter(chain(*DataFilesDict.from_patterns(patterns, base_path=escaped).values()))
+        if wrong := [str(path) for path in tables if splits_of[str(root.resolve() / path)] != 1]:
+            raise ValueError(
+                f"each Parquet, Arrow or tar file of {name} must belong to one of its splits by its name, but of "
+                f"{[str(split) for split in patterns]}, {wrong} belong to none or to several: call the files "
+                "train-1.parquet, test-1.parquet and so on, put them into folders of such names, or list those of each "
+                "split in README.md, under configs"
+            )
+        if is_literal:
+            return {"path": name}
         return {"path": name, "data_files": {s: [f"{escaped}/{p}" for p in paths] for s, paths in patterns.items()}}
     shared = os.path.commonpath([image.parent for image in images])
     inner = [image.relative_to(shared).parts for image in images]
     splits = {parts[0]: SPLIT_FOLDERS.get(parts[0].lower()) for parts in inner}
+    top = 0  # of the folders of a path, how many lie above the images of its split, or hold them
     if "train" in splits.values() and None not in splits.values():
         inner = [parts[1:] for parts in inner]
+        top = len(Path(shared).parts) + 1
         data_files: dict[str, list[str]] = {}
         for folder, split in sorted(splits.items(), key=lambda found: list(SPLIT_FOLDERS).index(found[0].lower())):
             data_files.setdefault(str(split), []).append(os.path.join(escaped, glob.escape(shared), folder, "**"))
     else:
         data_files = {"train": [os.path.join(escaped, "**")]}
+    described = {path.parent.parts for path in metadata}
+    for parts in (image.parts for image in images if metadata):
+        if described.isdisjoint(parts[:depth] for depth in range(top, len(parts))):
+            raise ValueError(
+                f"{name} has {metadata[0]}, but no metadata file in {Path(*parts[:top])} or below for {Path(*parts)}, "
+                "which would lack its columns or be passed over: put one there, with file_name relative to its own "
+                "folder, or remove all metadata files"
+            )
     depths = {len(parts) for parts in inner}
     labelled = len(depths) == 1 and depths != {1} and len({parts[-2] for parts in inner}) > 1
     return {"path": name, "data_files": data_files, "drop_labels": not labelled}
 
 
-def _images_in(root: Path) -> tuple[list[Path], bool]:
-    """Image files below a folder, relative to it, without hidden ones, and whether there are `TABLES`."""
+def _files_in(root: Path) -> tuple[list[Path], list[Path], list[Path]]:
+    """Image files below a folder, `TABLES` and metadata files, relative to it, without hidden ones."""
     images: list[Path] = []
-    has_tables = False
+    tables: list[Path] = []
+    metadata: list[Path] = []
     for folder, folders, files in os.walk(root):
         folders[:] = [name for name in folders if not name.startswith((".", "__"))]
+        files = [name for name in files if not name.startswith(".")]
+        for link in (os.path.join(folder, name) for name in (*folders, *files)):
+            if os.path.islink(link) and not os.path.isfile(link):
+                target = "a folder" if os.path.isdir(link) else "nothing"
+                raise ValueError(
+                    f"{root} holds {link}, a link to {target}, which would be passed over: put a folder in its place, "
+                    "whose files may be links (`cp -rs` makes one), or remove it"
+                )
         for name in files:
-            suffix = os.path.splitext(name)[1].lower()
-            if suffix in ImageFolder.EXTENSIONS and not name.startswith("."):
-                images.append(Path(folder, name).relative_to(root))
-            has_tables |= suffix in TABLES and name not in ImageFolder.METADATA_FILENAMES
-    return images, has_tables
+            suffix, path = os.path.splitext(name)[1].lower(), Path(folder, name).relative_to(root)
+            if suffix in ImageFolder.EXTENSIONS:
+                images.append(path)
+            elif name in ImageFolder.METADATA_FILENAMES:
+                metadata.append(path)
+            elif suffix in TABLES:
+                tables.append(path)
+    return images, tables, metadata
 
 
 def _names_its_files(card: Path) -> bool:

@@ -11,8 +11,9 @@ from safetensors.torch import load_file, save_file
 from transformers.image_processing_utils import BaseImageProcessor
 
 from .image_processing_ctrl_csc import CtrlCscImageProcessor
-from .model_card import FIGURE, MODEL_CARDS, model_card, public_metrics, public_settings
+from .model_card import FIGURE, METRICS, MODEL_CARDS, SETTINGS, model_card, public_metrics, public_settings
 from .modeling_ctrl_csc import CtrlCscModel
+from .records import DAMAGED, readable
 from .repository_ctrl_csc import RECORDS, save_repository
 from .repository_ctrl_csc import SAMPLER as SAMPLER
 from .sampling import LatentSampler
@@ -51,7 +52,8 @@ def export(
             precision, with atoms made unit vectors again.
 
     Raises:
-        ValueError: if `repo_id` has another form, and if `folder` is a file or the checkpoint itself.
+        ValueError: if `repo_id` has another form, if `folder` is a file or the checkpoint itself, and if a file of the
+            checkpoint cannot be read.
     """
     folder = Path(folder)
     checkpoint = None if checkpoint is None else Path(checkpoint)
@@ -61,24 +63,25 @@ def export(
     if checkpoint is not None and folder.resolve() == checkpoint.resolve():
         raise ValueError(f"folder must be another one than the checkpoint's, got {folder}")
     image_processor = image_processor or _image_processor(model, checkpoint)
+    pictures: list[str] = []
+    if checkpoint is not None:
+        pictures = [GRID, *sorted(f"examples/{path.name}" for path in checkpoint.glob("examples/*.png"))]
+        pictures = [name for name in pictures if (checkpoint / name).is_file()]
+    card = model_card(model, repo_id, checkpoint, pictures, license)
     save_repository(folder, model, image_processor, sampler or _sampler(checkpoint))
     if half:
         _store_in_half(folder / "model.safetensors")
     shutil.copyfile(MODEL_CARDS / "handler.py", folder / "handler.py")
     architecture_figure(model.config).save(folder / FIGURE)
-    pictures: list[str] = []
     if checkpoint is not None:
-        pictures = [GRID, *sorted(f"examples/{path.name}" for path in checkpoint.glob("examples/*.png"))]
-        pictures = [name for name in pictures if (checkpoint / name).is_file()]
         for name in ("training_curve.png", *pictures):
             if (checkpoint / name).is_file():
                 (folder / name).parent.mkdir(exist_ok=True)
                 shutil.copyfile(checkpoint / name, folder / name)
-        records = {"metrics.json": public_metrics(checkpoint), "training_args.json": public_settings(checkpoint)}
+        records = {METRICS: public_metrics(checkpoint), SETTINGS: public_settings(checkpoint)}
         for name, record in records.items():
             if record:
                 (folder / name).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
-    card = model_card(model, repo_id, checkpoint, pictures, license)
     (folder / "README.md").write_text(str(card), encoding="utf-8")
     return folder
 
@@ -171,8 +174,12 @@ def _store_in_half(path: Path) -> None:
 
 
 def _image_processor(model: CtrlCscModel, checkpoint: Path | None) -> BaseImageProcessor:
-    if checkpoint is not None and (checkpoint / "preprocessor_config.json").is_file():
-        return CtrlCscImageProcessor.from_pretrained(checkpoint)
+    path = None if checkpoint is None else checkpoint / "preprocessor_config.json"
+    if path is not None and path.is_file():
+        with readable(
+            path, "remove it, and the processor of the model's image size is published", (*DAMAGED, ValueError)
+        ):
+            return CtrlCscImageProcessor.from_pretrained(checkpoint)
     return CtrlCscImageProcessor(image_size=model.config.image_size)
 
 

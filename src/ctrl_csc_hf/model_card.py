@@ -1,14 +1,15 @@
 """The model card of a checkpoint, filled from what the checkpoint holds: no figure is typed by hand."""
 
-import json
 import math
 import re
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from .modeling_ctrl_csc import CtrlCscModel
+from .records import DAMAGED, read_object, readable
 
 # An installed package has them beside this module, an editable one in the repository.
 MODEL_CARDS = next(
@@ -68,6 +69,9 @@ LOCAL_SETTINGS = (
     "train_data_dir",
 )
 FIGURE = "architecture.png"
+METRICS, SETTINGS = "metrics.json", "training_args.json"
+# What to do about one of these that cannot be read.
+REMEDY = "remove it, and the model is published without what it records"
 OTHER_BIASES = "Images unlike the training data come out worse, and its biases are the model's."
 
 
@@ -88,12 +92,20 @@ def model_card(
         pictures: paths in the repository: a grid of reconstructions first, then examples for the widget.
         license: identifier of the weights' licence, as the Hub lists them; None leaves it out.
         published: False for a form that nobody has filled.
+
+    Raises:
+        ValueError: for a record that cannot be read, by the file's name.
     """
-    settings = public_settings(checkpoint)
-    continued = bool(_read(checkpoint, "training_args.json").get("pretrained_model_name_or_path"))
-    dataset = settings.get("hub_dataset_id") or ""
-    figures = [figure for figure in public_metrics(checkpoint).get("figures", []) if figure["name"] in FIGURES]
-    on_hub = [figure for figure in figures if figure["dataset"] is not None]
+    settings, metrics = public_settings(checkpoint), public_metrics(checkpoint)
+    continued = bool(_read(checkpoint, SETTINGS).get("pretrained_model_name_or_path"))
+    with _understood(checkpoint, SETTINGS):
+        dataset = settings.get("hub_dataset_id") or ""
+        dataset_licence, biases = LICENCES.get(dataset), BIASES.get(dataset, OTHER_BIASES)
+        game, warmup = _game(settings) if settings else GAME, _warmup(settings)
+    with _understood(checkpoint, METRICS):
+        figures = [figure for figure in metrics.get("figures", []) if figure["name"] in FIGURES]
+        on_hub = [figure for figure in figures if figure["dataset"] is not None]
+        results, eval_results = _groups(figures), [_eval_result(figure) for figure in on_hub]
     grid, examples = (pictures[0], pictures[1:]) if pictures else (None, [])
     card_data = ModelCardData(
         license=license,
@@ -102,19 +114,7 @@ def model_card(
         datasets=[dataset] if dataset else None,
         tags=["ctrl-csc", "sparse-coding", "closed-loop-transcription", "rate-reduction", "autoencoder"],
         model_name=repo_id.split("/")[-1] if on_hub else None,  # of model-index alone
-        eval_results=[
-            EvalResult(
-                task_type=TASK,
-                dataset_type=figure["dataset"],
-                dataset_name=figure["dataset"].split("/")[-1],
-                dataset_split=figure["split"],
-                metric_type=FIGURES[figure["name"]][1],
-                metric_name=_label(figure),
-                metric_value=figure["value"],
-            )
-            for figure in on_hub
-        ]
-        or None,
+        eval_results=eval_results or None,
         widget=[{"src": path, "example_title": Path(path).stem} for path in examples] or None,
     )
     config = model.config
@@ -130,15 +130,15 @@ def model_card(
         stage_channels=", ".join(map(str, config.stage_channels)),
         parameters=sum(parameter.numel() for parameter in model.parameters()),
         distortion=settings.get("distortion"),
-        game=_game(settings) if settings else GAME,
+        game=game,
         labels="J alone uses labels" if settings.get("objective") == "multi" else "No labels are used",
-        warmup=_warmup(settings),
+        warmup=warmup,
         continued=continued,
         settings=settings,
         dataset=f"`{dataset}`" if dataset else "local images",
-        dataset_licence=LICENCES.get(dataset),
-        results=_groups(figures),
-        biases=BIASES.get(dataset, OTHER_BIASES),
+        dataset_licence=dataset_licence,
+        results=results,
+        biases=biases,
     )
 
 
@@ -165,6 +165,18 @@ def _groups(figures: list[dict[str, Any]]) -> list[dict[str, Any]]:
             }
         )
     return found
+
+
+def _eval_result(figure: dict[str, Any]) -> EvalResult:
+    return EvalResult(
+        task_type=TASK,
+        dataset_type=figure["dataset"],
+        dataset_name=figure["dataset"].split("/")[-1],
+        dataset_split=figure["split"],
+        metric_type=FIGURES[figure["name"]][1],
+        metric_name=_label(figure),
+        metric_value=figure["value"],
+    )
 
 
 def _label(figure: dict[str, Any]) -> str:
@@ -203,8 +215,12 @@ def _warmup(settings: dict[str, Any]) -> str:
 
 
 def public_settings(checkpoint: Path | None) -> dict[str, Any]:
-    """training_args.json without what is local to the machine that trained; empty where there is none."""
-    settings = _read(checkpoint, "training_args.json")
+    """training_args.json without what is local to the machine that trained; empty where there is none.
+
+    Raises:
+        ValueError: if it cannot be read.
+    """
+    settings = _read(checkpoint, SETTINGS)
     dataset = settings.get("hub_dataset_id")
 
     def is_public(name: str, value: Any) -> bool:
@@ -216,19 +232,28 @@ def public_settings(checkpoint: Path | None) -> dict[str, Any]:
 
     public = {name: value for name, value in settings.items() if is_public(name, value)}
     if "changed_on_resume" in settings:
-        public["changed_on_resume"] = [
-            change for change in settings["changed_on_resume"] if change["setting"] in public
-        ]
+        with _understood(checkpoint, SETTINGS):
+            public["changed_on_resume"] = [
+                change for change in settings["changed_on_resume"] if change["setting"] in public
+            ]
     return public
 
 
 def public_metrics(checkpoint: Path | None) -> dict[str, Any]:
-    """metrics.json as the card reads it, see `FIGURES`; empty where it has no figures."""
-    metrics = _read(checkpoint, "metrics.json")
+    """metrics.json as the card reads it, see `FIGURES`; empty where it has no figures.
+
+    Raises:
+        ValueError: if it cannot be read.
+    """
+    metrics = _read(checkpoint, METRICS)
     entries = ("step", "unreadable_images", "figures", "evaluation")
     return {name: metrics[name] for name in entries if name in metrics} if metrics.get("figures") else {}
 
 
 def _read(checkpoint: Path | None, name: str) -> dict[str, Any]:
-    path = None if checkpoint is None else checkpoint / name
-    return json.loads(path.read_text(encoding="utf-8")) if path is not None and path.is_file() else {}
+    with _understood(checkpoint, name):
+        return read_object(checkpoint / name) if checkpoint and (checkpoint / name).is_file() else {}
+
+
+def _understood(checkpoint: Path | None, name: str) -> AbstractContextManager[None]:
+    return readable((checkpoint or Path()) / name, REMEDY, (*DAMAGED, ValueError))

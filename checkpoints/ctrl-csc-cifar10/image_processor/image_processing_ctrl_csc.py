@@ -10,6 +10,7 @@ from transformers.image_transforms import get_resize_output_image_size
 from transformers.image_utils import ChannelDimension, SizeDict
 
 LARGEST_RATIO = 1000  # of an image's sides
+TINY = float(np.finfo(np.float32).tiny)  # by a smaller number one cannot divide in float32
 MOST_PIXELS = 2**30 // 12  # 89 million, of one image: from here on PIL warns of decompression bombs
 
 
@@ -123,16 +124,35 @@ class CtrlCscImageProcessor(PilBackend):
         largest = 255 if image.dtype == np.uint8 else 1
         return np.clip(np.stack([np.asarray(plane) for plane in planes]), 0, largest)  # bicubic overshoots
 
+    def center_crop(self, image: np.ndarray, size: SizeDict, **kwargs: Any) -> np.ndarray:
+        """Cut the centre out, with black around it where the image is smaller.
+
+        Raises:
+            ValueError: if `size` has other keys than height and width, or is not positive.
+        """
+        sides = dict(size)
+        if set(sides) != {"height", "width"} or min(sides.values()) < 1:
+            raise ValueError(f"crop_size={sides} is not allowed: it must have height and width, both positive")
+        return super().center_crop(image, size, **kwargs)
+
     def rescale(self, image: np.ndarray, scale: float, **kwargs: Any) -> np.ndarray:
-        """Multiply 8-bit values by `scale`; floats in [0, 1] stand for 8-bit values divided by 255."""
+        """Multiply 8-bit values by `scale`; floats in [0, 1] stand for 8-bit values divided by 255.
+
+        Raises:
+            ValueError: if `scale` is no positive number.
+        """
+        _check_numbers("rescale_factor", scale, [()], TINY)
         return super().rescale(image, scale if image.dtype == np.uint8 else 255 * scale, **kwargs)
 
     def normalize(self, image: np.ndarray, mean: Any, std: Any, **kwargs: Any) -> np.ndarray:
         """Subtract `mean` and divide by `std`, floats or one a channel.
 
         Raises:
-            ValueError: for 8-bit values, which have not been rescaled.
+            ValueError: for numbers that are not finite, a `std` that is not positive, and for 8-bit values, which have
+                not been rescaled.
         """
+        for name, values, lowest in (("image_mean", mean, -np.inf), ("image_std", std, TINY)):
+            _check_numbers(name, values, [(), (len(image),)], lowest)
         if image.dtype == np.uint8:
             raise ValueError(
                 "do_normalize=True with do_rescale=False needs floats in [0, 1], got an image of 8-bit values: "
@@ -184,6 +204,17 @@ def _square(image_size: int | None) -> dict[str, dict[str, int]]:
     return {"size": {"shortest_edge": image_size}, "crop_size": {"height": image_size, "width": image_size}}
 
 
+def _check_numbers(name: str, values: Any, shapes: list[tuple[int, ...]], lowest: float) -> None:
+    try:
+        numbers = np.asarray(values, np.float32)
+    except (TypeError, ValueError):  # no numbers, or a ragged list
+        numbers = np.full((), np.nan)
+    if numbers.shape not in shapes or not np.isfinite(numbers).all() or numbers.min() < lowest:
+        wanted = "a positive number" if lowest > 0 else "a finite number"
+        each = f", or a list of {shapes[-1][0]} such numbers" if shapes[-1] else ""
+        raise ValueError(f"{name}={values!r} is not allowed: it must be {wanted}{each}")
+
+
 def _flatten(images: Any) -> list[Any]:
     is_batch = isinstance(images, (np.ndarray, torch.Tensor)) and images.ndim == 4
     if not (is_batch or isinstance(images, (list, tuple))):
@@ -214,6 +245,7 @@ def _to_rgb(image: Any, name: str, layout: ChannelDimension | None) -> np.ndarra
 def _pil_pixels(image: Image.Image, name: str) -> np.ndarray:
     """(height, width), uint16 or float32, or (height, width, 3), uint8."""
     check_sides(image.height, image.width, name)  # by its header
+    depth = _bit_depth(image)  # which a copy lacks
     if image.getexif().get(ExifTags.Base.Orientation, 1) != 1:  # or else it would be copied
         image = ImageOps.exif_transpose(image)
     if image.mode == "F":
@@ -229,21 +261,42 @@ def _pil_pixels(image: Image.Image, name: str) -> np.ndarray:
     if image.has_transparency_data:
         if "transparency" in image.info:
             image = image.copy()  # whose info is not the caller's
-            image.info["transparency"] = _transparent_color(image)
+            image.info["transparency"] = _transparent_color(image, depth)
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     return np.asarray(image if image.mode == "RGB" else image.convert("RGB"))
 
 
-def _transparent_color(image: Image.Image) -> Any:
-    """The image's transparent colour in 8 bits, like its pixels; PIL keeps it in the 2, 4 or 16 bits of a PNG file."""
+def _transparent_color(image: Image.Image, depth: int | None) -> Any:
+    """The image's transparent colour in 8 bits, like its pixels; PIL keeps it in the bits of a PNG file, `depth`.
+
+    Where that is not known, a colour beyond 8 bits has 16, and grey levels tell: they are multiples of 85 if they had 2
+    bits, of 17 if they had 4.
+    """
     color = image.info["transparency"]
-    if image.mode == "RGB" and isinstance(color, tuple) and max(color) > 255:
-        return tuple(value >> 8 for value in color)  # of 16 bits, as PIL does with the pixels
-    if image.mode == "L" and isinstance(color, int):  # 2 bits give grey levels that are multiples of 85, 4 bits of 17
+    if image.mode == "RGB" and isinstance(color, tuple) and (depth == 16 or max(color) > 255):
+        return tuple(value >> 8 for value in color)  # as PIL does with the pixels
+    if image.mode == "L" and isinstance(color, int):
+        if depth is not None:
+            return color % 2**depth * 255 // (2**depth - 1)
         levels = np.flatnonzero(image.histogram())
         return next((f * color for f in (85, 17) if f * color <= 255 and not (levels % f).any()), color)
     return color
+
+
+def _bit_depth(image: Image.Image) -> int | None:
+    """Of a PNG file, by its header; 8 for other formats; None for a copy, and where the file has been closed."""
+    if image.format not in ("PNG", None):
+        return 8
+    try:
+        file = image._fp  # type: ignore[attr-defined]  # PIL keeps it when the image has been loaded, too
+        place = file.tell()
+        file.seek(24)  # in the first chunk, IHDR, behind width and height
+        depth = file.read(1)[0]
+        file.seek(place)
+        return depth
+    except (AttributeError, OSError, ValueError):
+        return None
 
 
 def _channels_first(pixels: np.ndarray, name: str, layout: ChannelDimension | None) -> np.ndarray:

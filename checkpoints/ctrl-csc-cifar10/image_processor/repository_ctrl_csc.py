@@ -10,6 +10,7 @@ import inspect
 import json
 import logging
 import shutil
+from collections.abc import Collection, Iterable
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -48,6 +49,9 @@ RECORDS = (
     "reconstructions.png",
     "examples/*.png",
 )
+# What evaluate.py writes into a model's folder or into its subfolder evaluation, and what else train.py leaves there.
+MEASURED = ("metrics.json", "reconstructions.png", "rivals.png", "neighbours.png", "correlations.png")
+UNPUBLISHED = (*MEASURED, *(f"evaluation/{name}" for name in MEASURED), "history.json", "samples/step-*.png")
 
 
 class Config:
@@ -142,13 +146,13 @@ def save_repository(
                 shutil.copyfile(source, folder / subfolder / Path(source).name)
 
 
-def remove_other_model(folder: Path, model: PreTrainedModel) -> None:
+def remove_other_model(folder: Path, model: PreTrainedModel, keep: Collection[Path] = ()) -> None:
     """Removes card, figures, pictures and sampler of a model that a folder holds, if its weights are not the model's.
 
-    Other files stay. To be called before the model is saved there.
+    Other files stay, and those of `keep`. To be called before the model is saved there.
     """
     if (folder / "config.json").is_file() and not _holds_weights_of(model, folder):
-        for path in _records(folder):
+        for path in {*_found(folder, RECORDS), *_found(folder, UNPUBLISHED)}.difference(keep):
             path.unlink()
         _remove_sampler(folder)
 
@@ -177,7 +181,7 @@ def copy_records(model: PreTrainedModel, name: str, folder: Path) -> None:
     if not _holds_weights_of(model, model.name_or_path, revision):
         logger.warning("the card and the figures of %s are not saved with the model: its weights are others", name)
         return
-    for path in _records(source):
+    for path in _found(source, RECORDS):
         target = folder / path.relative_to(source)
         target.parent.mkdir(exist_ok=True)
         shutil.copyfile(path, target)
@@ -188,8 +192,8 @@ def _remove_sampler(folder: Path) -> None:
         shutil.rmtree(folder / SAMPLER)
 
 
-def _records(folder: Path) -> list[Path]:
-    return [path for pattern in RECORDS for path in folder.glob(pattern)]
+def _found(folder: Path, patterns: Iterable[str]) -> list[Path]:
+    return [path for pattern in patterns for path in folder.glob(pattern)]
 
 
 def _holds_weights_of(model: PreTrainedModel, name: str | Path, revision: str | None = None) -> bool:
