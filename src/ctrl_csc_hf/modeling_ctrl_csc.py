@@ -24,6 +24,7 @@ from .configuration_ctrl_csc import CtrlCscConfig
 from .sparse_coding import ConvolutionalDictionary, ConvolutionalSparseCoding, normalize_atoms
 
 DETAIL_DEVIATION = 0.2  # of photographs less their low pass, about: stage signals have a deviation of about 1
+LOW_PASS_GAIN = 3.0  # of the low pass in the second stage's signal: it holds most of an image's energy
 LATENT_OFFSET = 1e-3  # added to a latent's first coordinate before it is scaled to unit length
 SMALLEST_GAMMA = 0.05  # of a batch norm that the decoder inverts
 # Of `from_pretrained`: where a file lies.
@@ -168,7 +169,7 @@ class CtrlCscPreTrainedModel(PreTrainedModel):
             nn.init.ones_(module.latent_norm)
         elif isinstance(module, CtrlCscEncoder):
             nn.init.ones_(module.latent_norm)
-            module.reset_running_variances()
+            module.reset_norms()
         else:
             super()._init_weights(module)
 
@@ -265,15 +266,18 @@ class CtrlCscEncoder(CtrlCscPreTrainedModel):
         self.post_init()
 
     @torch.no_grad()
-    def reset_running_variances(self) -> None:
-        """Running variances of a new model: those of codes of white noise, so that no stage falls silent in evaluation.
+    def reset_norms(self) -> None:
+        """Gain of the low pass, and running variances of a new model: those of codes of white noise, so that no stage
+        falls silent in evaluation.
 
         A FISTA step from zero is 0.9 / |A|^2 A*(x), and atoms are unit: codes have a deviation of about 1 / |A|^2. With
         a running variance of 1 each stage's signal would be that much smaller than the last, and soon below lambda.
         """
         for stage, norm in zip(self.stages, self.norms, strict=True):
             if isinstance(stage, ConvolutionalSparseCoding) and not _is_loaded(norm.running_var):
-                norm.running_var[: stage.code_channels] = stage.operator_norm**-4  # the low pass stays as it is
+                norm.running_var[: stage.code_channels] = stage.operator_norm**-4
+        if not _is_loaded(self.norms[0].weight):
+            self.norms[0].weight[self.config.stage_channels[0] :] = LOW_PASS_GAIN
 
     @can_return_tuple
     def forward(
