@@ -27,15 +27,19 @@ CONFIG = {
 }
 # Images of each process: the last step's batch is uneven, and with labels sorted some process lacks a class.
 SIZES = {2: [(8, 8)] * (STEPS - 1) + [(5, 2)], 3: [(8, 4, 4)] * (STEPS - 1) + [(3, 2, 1)]}
+# fmt: off
 RUNS: list[dict[str, Any]] = [
     {"objective": "binary", "decoder_consistency": 10.0},
     {"objective": "binary", "encoder_consistency": 1.0, "energy": 2.0, "play": "alternating"},
     {"objective": "multi", "num_classes": CLASSES, "consistency": "rate", "decoder_consistency": 1.0},
     {"objective": "unsupervised", "augmentation_consistency": 0.5, "reconstruction_statistics": "images"},
+    {"reconstruction_statistics": "images", "low_pass": True, "code_reduction": [0.3, 0.5], "code_consistency": 0.7,
+     "pixel_error": 2.0},
     {"objective": "binary", "share_dictionaries": True, "decoder_normalization": "inverse"},
 ]
+# fmt: on
 LOOP = ("play", "reconstruction_statistics")
-MODEL = ("share_dictionaries", "decoder_normalization")
+MODEL = ("share_dictionaries", "decoder_normalization", "low_pass")
 
 
 def batches(sizes: list[tuple[int, ...]]) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:

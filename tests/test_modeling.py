@@ -635,3 +635,17 @@ def test_each_stage_s_energy_is_that_of_its_own_dictionary_where_signals_are_det
     detail = (images() - stage.interpolate(stage.low_pass(images()), (8, 8))) / 0.2
     (stage.energy(detail, stage.encode(detail)).sum() / 64).backward()
     torch.testing.assert_close(apart, stage.dictionary.grad)
+
+
+@pytest.mark.parametrize("statistics", [None, (torch.full((4,), 0.1), torch.full((4,), 2.0))])
+def test_the_gradient_of_one_image_is_what_it_is_among_others(statistics):
+    model = build_model()
+    stage, norm, gradients = model.encoder.stages[0], model.encoder.norms[0], []
+    if statistics:
+        norm.train()
+    weights = torch.rand(5, 4, 4, 4, generator=torch.Generator().manual_seed(2))
+    for count in (5, 1):
+        x = images(5)[:count].requires_grad_()
+        norm(stage.encode(x), False, statistics).backward(weights[:count].clone())
+        gradients.append(x.grad[0])
+    torch.testing.assert_close(*gradients)

@@ -3,10 +3,11 @@
 import copy
 from collections.abc import Callable
 
+import numpy as np
 import pytest
 import torch
 from ema import recompute_statistics
-from warmup import Descent, deconvolution_error, invert_encoder, sparse_coding_energy
+from warmup import Descent, deconvolution_error, invert_encoder, principal_directions, sparse_coding_energy
 
 from ctrl_csc_hf import CtrlCscConfig, CtrlCscModel
 from ctrl_csc_hf.metrics import peak_signal_to_noise_ratio
@@ -107,15 +108,28 @@ def test_the_deconvolution_of_all_stages_then_gives_the_pixels(precision: str, s
     assert not any(torch.equal(a, b) for a, b in zip(encoder, model.encoder.parameters(), strict=True))
 
 
-@pytest.mark.parametrize("flipped", [False, True])
-def test_the_decoders_codes_then_have_mean_and_deviation_of_the_encoders(flipped: bool) -> None:
+@pytest.mark.parametrize("count", [64, 20])
+def test_the_last_stage_gets_the_principal_directions_of_its_signals(count: int) -> None:
+    torch.manual_seed(0)
+    model = CtrlCscModel(CtrlCscConfig(**CONFIG)).train()
+    images = smooth_images(count)
+    model.eval()
+    before = model.encoder.last_stage.dictionary.detach().clone()
+    principal_directions(model, images, 16)
+    signals = model.encoder(images, output_normalized_codes=True).normalized_codes[-1].flatten(1).detach().numpy()
+    directions = np.linalg.svd(signals, full_matrices=False)[2][:32]
+    atoms = model.encoder.last_stage.dictionary.detach().flatten(1)
+    alignment = (atoms[: len(directions)] * torch.from_numpy(directions)).sum(dim=1).abs()
+    torch.testing.assert_close(alignment, torch.ones_like(alignment), rtol=0, atol=1e-3)
+    assert torch.equal(atoms[len(directions) :], before.flatten(1)[len(directions) :])
+
+
+@pytest.mark.parametrize("low_pass", [False, True])
+def test_the_decoders_codes_then_have_mean_and_deviation_of_the_encoders(low_pass: bool) -> None:
     torch.manual_seed(0)
     images = smooth_images()
-    model = CtrlCscModel(CtrlCscConfig(**CONFIG)).train()
+    model = CtrlCscModel(CtrlCscConfig(**CONFIG, low_pass=low_pass)).train()
     learn(model, images, steps=20)
-    if flipped:
-        with torch.no_grad():
-            model.encoder.norms[0].weight[0] *= -1  # the game may do this
     codes = model.encoder(images, output_codes=True, update_statistics=False).codes
     invert_encoder(model, images)
     of_decoder: list[torch.Tensor] = []
