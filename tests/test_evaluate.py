@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from itertools import product
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -13,9 +14,15 @@ import torch
 from conftest import load_script, random_image
 from PIL import Image
 from sklearn.decomposition import PCA
-from transformers import ResNetConfig, ResNetForImageClassification
+from transformers import (
+    MobileNetV2Config,
+    MobileNetV2ForImageClassification,
+    ResNetConfig,
+    ResNetForImageClassification,
+)
 
 from ctrl_csc_hf import CtrlCscConfig, CtrlCscModel
+from ctrl_csc_hf.metrics import VisionFeatures
 
 
 @pytest.fixture
@@ -45,6 +52,13 @@ def classifier(folder: Path) -> str:
     return str(folder)
 
 
+def other_classifier(folder: Path) -> str:
+    torch.manual_seed(1)
+    config = MobileNetV2Config(depth_multiplier=0.1, finegrained_output=False, num_labels=3)
+    MobileNetV2ForImageClassification(config).half().save_pretrained(folder)  # many weights come in half precision
+    return str(folder)
+
+
 def autoencoder_of_diffusers(folder: Path) -> str:
     from diffusers import AutoencoderKL
 
@@ -70,8 +84,8 @@ def test_evaluation_measures_the_model_and_its_rivals_on_the_same_images(
             model=str(model),
             rivals=[f"ordinary convolutions={convolutional}"],
             diffusers_autoencoders=[f"kl={kl}"],
-            feature_model=classifier(tmp_path / "resnet"),
-            feature_size=32,
+            feature_model=[classifier(tmp_path / "resnet"), other_classifier(tmp_path / "mobilenet")],
+            feature_size=[32, 40],
             unseen_dataset_name=str(image_folder),
             unseen_split="train",
             unseen_hub_dataset_id="org/unseen",
@@ -92,15 +106,25 @@ def test_evaluation_measures_the_model_and_its_rivals_on_the_same_images(
     assert unseen["psnr"]["value"] == results["CTRL-CSC"]["unseen_psnr"] and unseen.keys() == {"psnr", "match"}
     assert (unseen["psnr"]["dataset"], unseen["psnr"]["num_images"]) == ("org/unseen", 20)
     figures = {figure["name"]: figure for figure in saved["figures"] if figure["dataset"] is None}
+    names = ("a local ResNetForImageClassification", "a local MobileNetV2ForImageClassification")
+    features = {(f["name"], f["feature_model"]): f for f in saved["figures"] if f["feature_model"]}
+    assert set(features) == set(product(("frechet_distance", "kernel_distance", "feature_cosine"), names))
     measured = {"dataset": None, "split": "train", "measured_by": "training/evaluate.py"}
-    assert len(saved["figures"]) == len(figures) + len(unseen)  # those of train.py, of the same images, are replaced
+    assert len(saved["figures"]) == len(figures) + 3 + len(
+        unseen
+    )  # those of train.py, of the same images, are replaced
     assert figures["psnr"] == measured | {
         "name": "psnr", "value": results["CTRL-CSC"]["psnr"], "num_images": 8, "feature_model": None
     }  # fmt: skip
-    assert figures["frechet_distance"] == measured | {
-        "name": "frechet_distance", "value": results["CTRL-CSC"]["frechet_distance"], "num_images": 6,
-        "feature_model": "a local ResNetForImageClassification",
-    }  # fmt: skip
+    for (name, model_name), figure in features.items():
+        value = results["CTRL-CSC"][f"{name}, features of {model_name}"]
+        assert figure == measured | {"name": name, "value": value, "num_images": 6, "feature_model": model_name}
+    x = evaluate.load_data(settings(model=str(model)), 16).test[:6]
+    features = VisionFeatures(tmp_path / "resnet", 32)
+    with torch.no_grad():
+        xh = CtrlCscModel.from_pretrained(model)(x).reconstruction
+    cosine = torch.nn.functional.cosine_similarity(features(x), features(xh)).mean().item()
+    assert results["CTRL-CSC"][f"feature_cosine, features of {names[0]}"] == pytest.approx(cosine, abs=1e-4)
     assert figures["mean_image_psnr"]["value"] == results["mean image"]["psnr"]
     for name in ("reconstructions", "rivals", "neighbours", "correlations"):
         assert Image.open(model / f"{name}.png").width > 100
@@ -118,12 +142,14 @@ def test_evaluation_measures_the_model_and_its_rivals_on_the_same_images(
     error = measured_on - pixels.mean(axis=0)
     assert results["mean image"]["psnr"] == pytest.approx(np.mean(10 * np.log10(4 / (error**2).mean(axis=1))), abs=0.01)
     assert results["PCA, 8 numbers"]["match@8"] > 0.9
-    assert results["PCA, 8 numbers"]["frechet_distance"] < results["mean image"]["frechet_distance"]
+    frechet = f"frechet_distance, features of {names[0]}"
+    assert results["PCA, 8 numbers"][frechet] < results["mean image"][frechet]
     assert all("unseen_psnr" in figures and "seen_psnr" in figures for figures in results.values())
     assert "nonzero_1" in results["CTRL-CSC"] and "nonzero_1" not in results["ordinary convolutions"]
     assert (
         "rate" in results["CTRL-CSC"] and "rate" not in results["PCA, 8 numbers"]
     )  # whose latents are no unit vectors
+    assert "codes_linear_probe" in results["CTRL-CSC"] and "codes_linear_probe" not in results["PCA, 8 numbers"]
     assert 0 <= results["CTRL-CSC"]["linear_probe"] <= 1 and "linear_probe" not in results["mean image"]
 
 
@@ -171,6 +197,7 @@ def test_integer_labels_are_probed_and_missing_ones_are_told(
     model = str(train("--max_train_steps", "1"))
     data = labelled(tmp_path / "labelled", [index % 3 for index in range(30)])
     results = evaluate.main(settings(model=model, train_data_dir=data))
+    assert "codes_linear_probe" in results["CTRL-CSC"] and "codes_linear_probe" not in results["PCA, 8 numbers"]
     assert 0 <= results["CTRL-CSC"]["linear_probe"] <= 1
     assert "probe" not in caplog.text
     assert (
@@ -312,7 +339,7 @@ def test_a_folder_holds_the_figures_of_one_model(
         (second, "org/c", {"org/c"}),
     ):
         given = settings(model="any", hub_dataset_id=dataset)
-        evaluate.write_metrics(tmp_path / "metrics.json", given, results, images, 0, None, digest)
+        evaluate.write_metrics(tmp_path / "metrics.json", given, results, images, 0, [], digest)
         assert {figure["dataset"] for figure in written(tmp_path)["figures"]} == expected
 
 
@@ -352,10 +379,16 @@ def test_any_integers_are_classes_and_what_cannot_be_probed_is_told(
         assert [values[place] for place in first] == test and [values[place] for place in second] == training
 
 
-@pytest.mark.parametrize("name", ["num_images", "num_frechet_images", "num_probe_images", "feature_size"])
+@pytest.mark.parametrize("name", ["num_images", "num_frechet_images", "num_probe_images"])
 def test_numbers_below_one_are_refused(settings: Callable[..., Any], name: str) -> None:
     with pytest.raises(ValueError, match=f"{name} must be at least 1, got 0"):
         settings(model="any", **{name: 0})
+
+
+def test_sizes_of_feature_models_are_one_or_one_for_each(settings: Callable[..., Any]) -> None:
+    for sizes in ([0], [32, 64, 96]):
+        with pytest.raises(ValueError, match="feature_size must be one number of at least 1, or one for each of 2"):
+            settings(model="any", feature_model=["a", "b"], feature_size=sizes)
 
 
 def test_figures_are_not_written_into_the_folder_of_another_model(

@@ -1,7 +1,7 @@
 """Measures a model on held-out images, beside its rivals, on the same images in the same run:
 
     accelerate launch training/evaluate.py --model PATH --dataset_name uoft-cs/cifar10 \
-        --feature_model CLASSIFIER --rivals "ordinary convolutions=PATH" "squared error=PATH"
+        --feature_model CLASSIFIER OTHER_CLASSIFIER --rivals "ordinary convolutions=PATH" "squared error=PATH"
 
 PCA of the same d and the mean image, fitted on the training split, are always there. Prints a table; writes into
 OUTPUT_DIR metrics.json and pictures. The model card reads the model's figures where OUTPUT_DIR is the model's folder;
@@ -10,10 +10,11 @@ go into OUTPUT_DIR/evaluation.
 
 Definitions: PSNR is the mean over images of the clipped images' PSNR, in dB. match@n is the share of the first n
 images whose reconstruction's nearest latent, by cosine among those n, is their own (for PCA: among PCA's latents).
-Fréchet and kernel distance compare the reconstructions of the first `num_frechet_images` with those images, in a
-vision model's pooled features. Probe and nearest neighbours learn classes from latents of training images. Rates are
-in nats, of unit vectors, so they are left out where latents are none. "unseen" is another data set. All images are
-drawn uniformly from their splits, in random order, by the seed.
+Fréchet and kernel distance compare the reconstructions of the first `num_frechet_images` with those images, in each
+vision model's pooled features; feature_cosine is the mean cosine of these between an image and its reconstruction.
+Probe and nearest neighbours learn classes from latents of training images, and from the codes of all stages, averaged
+to 4x4. Rates are in nats, of unit vectors, so they are left out where latents are none. "unseen" is another data set.
+All images are drawn uniformly from their splits, in random order, by the seed.
 """
 
 if __name__ == "__main__":
@@ -24,13 +25,14 @@ import json
 import logging
 from collections.abc import Iterator
 from contextlib import suppress
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from textwrap import fill
 from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from autoencoders import Autoencoder, autoencoder, diffusers_autoencoder, linear_rivals, load_model
 from data import (
     HELD_OUT_SPLITS,
@@ -81,11 +83,15 @@ MODEL = "CTRL-CSC"
 SHOWN = 10  # images a row of the pictures
 MAPPED = 500  # images of the heat map
 NEIGHBOURS = 5
+POOLED = 4  # side to which codes are pooled for their probe
 LABEL_WIDTH = 14  # letters, of a row of pictures
 TEST_SPLITS = ("test", "validation", "valid", "val", "dev")  # in this order, where none is named
 # Of metrics.json, for the card: those that the images and the model give, and those that a feature model gives too.
-CARD_FIGURES = ("psnr", "match", "rate", "reconstructed_rate", "rate_reduction", "ssim", "lpips", "linear_probe", "knn")
-DISTANCES = ("frechet_distance", "kernel_distance")
+CARD_FIGURES = (
+    "psnr", "match", "rate", "reconstructed_rate", "rate_reduction", "ssim", "lpips", "linear_probe", "knn",
+    "codes_linear_probe", "nonzero_1", "nonzero_2", "nonzero_3",
+)  # fmt: skip
+DISTANCES = ("frechet_distance", "kernel_distance", "feature_cosine")
 
 
 @dataclass
@@ -108,8 +114,14 @@ class EvaluationSettings:
     num_images: int = option(10_000, "Number of images to measure on.")
     num_frechet_images: int = option(5_000, "Number of these for the Fréchet and the kernel distance.")
     num_probe_images: int = option(10_000, "Number of training images that the probes learn from.")
-    feature_model: str | None = option(None, "A vision model for the distances; without it there are none.")
-    feature_size: int = option(64, "Side that images are resized to for the feature model, bilinearly.")
+    feature_model: list[str] | None = option(
+        None,
+        "Vision models for the distances, best two that learned from different images; without one there are none.",
+    )
+    feature_size: list[int] = field(
+        default_factory=lambda: [64],
+        metadata={"help": "Side that images are resized to for the feature models, bilinearly: of all, or of each."},
+    )
     rivals: list[str] | None = option(None, "Other models of train.py, as NAME=PATH.")
     diffusers_autoencoders: list[str] | None = option(
         None, "Autoencoders of diffusers, folders or repositories, as NAME=PATH."
@@ -129,9 +141,15 @@ class EvaluationSettings:
             )
         self.hub_dataset_id = hub_id(self.dataset_name) or self.hub_dataset_id
         self.unseen_hub_dataset_id = hub_id(self.unseen_dataset_name) or self.unseen_hub_dataset_id
-        for name in ("num_images", "num_frechet_images", "num_probe_images", "num_unseen_images", "feature_size"):
+        for name in ("num_images", "num_frechet_images", "num_probe_images", "num_unseen_images"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)!r}")
+        models = len(self.feature_model or ())
+        if len(self.feature_size) not in (1, models) or min(self.feature_size) < 1:
+            raise ValueError(
+                f"feature_size must be one number of at least 1, or one for each of {models} feature models, got "
+                f"{self.feature_size!r}"
+            )
         if (Path(self.output_dir) / "config.json").exists() and not self.is_beside_model:
             raise ValueError(
                 f"output_dir must be the model's own folder or hold no model, got {self.output_dir!r}, which holds "
@@ -201,9 +219,11 @@ def main(settings: EvaluationSettings) -> dict[str, dict[str, Any]]:
         autoencoders[name] = diffusers_autoencoder(path, device)
     batches = training_batches(images, size, device)
     autoencoders |= linear_rivals(tqdm(batches, desc="training images, for PCA"), dims)
-    features = None
-    if settings.feature_model:
-        features = VisionFeatures(settings.feature_model, settings.feature_size, device)
+    paths = settings.feature_model or []
+    sides = settings.feature_size * len(paths) if len(settings.feature_size) == 1 else settings.feature_size
+    features = [VisionFeatures(path, side, device) for path, side in zip(paths, sides, strict=True)]
+    if len({model.name for model in features}) < len(features):
+        raise ValueError(f"feature_model must hold models of different names, got {[model.name for model in features]}")
     results: dict[str, dict[str, Any]] = {}
     for name, rival in autoencoders.items():
         figures = measure(rival, images.test, features, settings.num_frechet_images, device, name)
@@ -373,7 +393,7 @@ def training_batches(images: Images, image_size: int, device: torch.device) -> I
 def measure(
     rival: Autoencoder,
     images: Tensor,
-    features: VisionFeatures | None,
+    features: list[VisionFeatures],
     num_frechet_images: int,
     device: torch.device,
     name: str,
@@ -382,8 +402,9 @@ def measure(
     pairs: list[Any] = [PeakSignalToNoiseRatio(), StructuralSimilarity()]
     with suppress(ImportError):  # measured where it is installed
         pairs.append(LearnedPerceptualSimilarity())
-    distances = [FrechetDistance(), KernelDistance()]
-    score, consistency, spectrum, sparsity = InceptionScore(), ClosedLoopConsistency(), LatentSpectrum(), CodeSparsity()
+    distances = {model.name: (FrechetDistance(), KernelDistance(), InceptionScore()) for model in features}
+    cosines: dict[str, list[Tensor]] = {model.name: [] for model in features}
+    consistency, spectrum, sparsity = ClosedLoopConsistency(), LatentSpectrum(), CodeSparsity()
     latents, reconstructed = [], []
     for start in tqdm(range(0, len(images), BATCH_SIZE), desc=name):
         x = images[start : start + BATCH_SIZE].to(device)
@@ -396,13 +417,15 @@ def measure(
         reconstructed.append(zh)
         if rival.codes is not None:
             sparsity.update(rival.codes(x))
-        if features is not None and start < num_frechet_images:
-            part = slice(0, num_frechet_images - start)
-            of_images, of_reconstructions = features(x[part]), features(xh[part])
-            for distance in distances:
-                distance.update(of_images, of_reconstructions)
-            if features.is_classifier:
-                score.update(features.logits(of_reconstructions))
+        part = slice(0, max(num_frechet_images - start, 0))
+        for model in features if len(x[part]) else ():
+            of_images, of_reconstructions = model(x[part]), model(xh[part])
+            frechet, kernel, score = distances[model.name]
+            frechet.update(of_images, of_reconstructions)
+            kernel.update(of_images, of_reconstructions)
+            cosines[model.name].append(F.cosine_similarity(of_images, of_reconstructions))
+            if model.is_classifier:
+                score.update(model.logits(of_reconstructions))
     z, zh = torch.cat(latents), torch.cat(reconstructed)
     figures: dict[str, Any] = {key: value for pair in pairs for key, value in pair.compute().items()}
     if z.shape[1] > 1:  # the mean image has one number, the same for all
@@ -410,10 +433,11 @@ def measure(
         figures |= consistency.compute()
         for count in sorted({min(count, len(z)) for count in (1000, 5000, len(z))}):
             figures[f"match@{count}"] = nearest_latent_match(z[:count], zh[:count])
-    if features is not None:
-        figures |= {key: value for distance in distances for key, value in distance.compute().items()}
-        if features.is_classifier:
-            figures |= score.compute()
+    for model in features:
+        frechet, kernel, score = distances[model.name]
+        found = frechet.compute() | kernel.compute() | {"feature_cosine": torch.cat(cosines[model.name]).mean().item()}
+        found |= score.compute() if model.is_classifier else {}
+        figures |= {in_features(key, model): value for key, value in found.items()}
     if torch.allclose(z.norm(dim=1), torch.ones(len(z), device=z.device), atol=1e-3):
         spectrum.update(z, zh)
         figures |= spectrum.compute()
@@ -422,14 +446,27 @@ def measure(
     return figures
 
 
+def in_features(figure: str, model: VisionFeatures) -> str:
+    """The key of a figure that a feature model gives."""
+    return f"{figure}, features of {model.name}"
+
+
 def probe(rival: Autoencoder, images: Images, device: torch.device) -> dict[str, float]:
-    """Accuracies of classifiers of the latents, learned from training images and their labels."""
-    statistic = LatentProbe(len(images.classes))
-    for x, y in zip(*(part.split(BATCH_SIZE) for part in images.probed), strict=True):
-        statistic.fit_update(rival.encode(x.to(device)), y)
-    for x, y in zip(images.test.split(BATCH_SIZE), images.labels.split(BATCH_SIZE), strict=True):
-        statistic.update(rival.encode(x.to(device)), y)
-    return statistic.compute()
+    """Accuracies of classifiers of the latents, and of the stages' codes, learned from training images and labels."""
+    inputs = {"": rival.encode}
+    if rival.codes is not None:
+        inputs["codes_"] = lambda x: torch.cat(
+            [F.adaptive_avg_pool2d(codes, POOLED).flatten(1) for codes in rival.codes(x)], dim=1
+        )
+    figures = {}
+    for prefix, features in inputs.items():
+        statistic = LatentProbe(len(images.classes))
+        for x, y in zip(*(part.split(BATCH_SIZE) for part in images.probed), strict=True):
+            statistic.fit_update(features(x.to(device)), y)
+        for x, y in zip(images.test.split(BATCH_SIZE), images.labels.split(BATCH_SIZE), strict=True):
+            statistic.update(features(x.to(device)), y)
+        figures |= {prefix + name: value for name, value in statistic.compute().items()}
+    return figures
 
 
 def measure_unseen(rival: Autoencoder, unseen: Tensor, seen: Tensor, device: torch.device) -> dict[str, float]:
@@ -455,7 +492,7 @@ def write_metrics(
     results: dict[str, dict[str, Any]],
     images: Images,
     num_unseen: int,
-    features: VisionFeatures | None,
+    features: list[VisionFeatures],
     digest: str,
 ) -> None:
     """Replaces the figures of the same data sets and splits, which the card reads, and all figures of all rivals.
@@ -472,10 +509,10 @@ def write_metrics(
     figures = {name: ours[name] for name in CARD_FIGURES if name in ours}  # not all of them are measured everywhere
     figures["mean_image_psnr"] = results["mean image"]["psnr"]
     records = figure_records(figures, **measured)
-    if features is not None:
+    for model in features:
         count = min(settings.num_frechet_images, len(images.test))
-        distances = {name: ours[name] for name in DISTANCES}
-        records += figure_records(distances, **measured | {"num_images": count, "feature_model": features.name})
+        distances = {name: ours[in_features(name, model)] for name in DISTANCES}
+        records += figure_records(distances, **measured | {"num_images": count, "feature_model": model.name})
     if num_unseen and settings.unseen_hub_dataset_id:  # a card names no local data set, so it cannot tell two apart
         measured |= {"dataset": settings.unseen_hub_dataset_id, "split": settings.unseen_split}
         unseen = {name: ours[f"unseen_{name}"] for name in ("psnr", "match")}

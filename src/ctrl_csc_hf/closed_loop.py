@@ -160,12 +160,17 @@ class ClosedLoopObjective:
             codes, reconstructed: the normalised codes of x and of xh, each (n, C_l, h_l, w_l).
         """
         reductions = []
-        for stage, pair in enumerate(zip(codes, reconstructed, strict=True)):
+        for pair in zip(codes, reconstructed, strict=True):
             width, positions = pair[0].shape[1], pair[0][0, 0].numel()
             moments = sum_for_all(second_moments(torch.stack([c.movedim(1, -1).flatten(0, -2) for c in pair])))
             count = positions * count_over_processes(len(pair[0]), moments.device)
             reductions.append(rates_of_moments(moments, count, distortion=self.distortion * width)[0])
         return torch.stack(reductions)
+
+    def code_difference(self, codes: Sequence[Tensor], reconstructed: Sequence[Tensor]) -> Tensor:
+        """S_c of each image (n,): the means of (C_l - Ch_l)^2, summed over stages; of the codes of x as constants."""
+        differences = [c.detach().to(_precise(c)) - again for c, again in zip(codes, reconstructed, strict=True)]
+        return torch.stack([difference.square().flatten(1).mean(dim=1) for difference in differences]).sum(dim=0)
 
     def self_consistency(self, latents: Tensor, reconstructed: Tensor) -> Tensor:
         """S of each image (n,), 0 where zh_i points where z_i does; the losses take its mean over the batch."""
@@ -297,18 +302,12 @@ class ClosedLoop:
         utility, rates = objective.utility(z, zh, labels)
         consistency = objective.self_consistency(z, zh).sum() / count
         code_reduction = code_consistency = consistency.new_zeros(())
-        if encoded.normalized_codes is not None:
+        if encoded.normalized_codes is not None and encoded_again.normalized_codes is not None:
             pairs = (encoded.normalized_codes, encoded_again.normalized_codes)
             of_stages = objective.code_reductions(*pairs)
             code_reduction = of_stages.sum()
             utility = utility + (objective.stage_weights(len(of_stages)).to(of_stages) * of_stages).sum()
-            code_consistency = (
-                sum(
-                    ((codes.detach() - again) ** 2).flatten(1).mean(dim=1).sum()
-                    for codes, again in zip(*pairs, strict=True)
-                )
-                / count
-            )
+            code_consistency = objective.code_difference(*pairs).sum() / count
         encoder_loss, decoder_loss = -utility, utility
         if objective.encoder_consistency:
             encoder_loss = encoder_loss + objective.encoder_consistency * consistency
@@ -328,8 +327,8 @@ class ClosedLoop:
             apart = objective.self_consistency(z, z_augmented).sum() / count
             encoder_loss = encoder_loss + objective.augmentation_consistency * apart
         figures = self._figures(
-            pixel_values, xh, utility, rates, code_reduction, (consistency, code_consistency), encoder_loss, decoder_loss,
-            count,
+            pixel_values, xh, utility, rates, code_reduction, (consistency, code_consistency),
+            encoder_loss, decoder_loss, count,
         )  # fmt: skip
 
         pure_game = not (
@@ -372,15 +371,21 @@ class ClosedLoop:
         count: Tensor | int,
     ) -> ClosedLoopFigures:
         error = x - xh
-        squared_error = error.to(torch.promote_types(error.dtype, torch.float32)).square().flatten(1).mean(dim=1)
+        squared_error = error.to(_precise(error)).square().flatten(1).mean(dim=1)
         psnr = (10 * torch.log10(4 / squared_error)).sum() / count
         if num_processes() > 1:
             # Of the losses, the utility is every process's whole, the rest this process's part.
             parts = torch.stack([*consistencies, psnr, encoder_loss + utility, decoder_loss - utility])
-            *consistencies, psnr, encoder_rest, decoder_rest = sum_over_processes(parts)
+            *means, psnr, encoder_rest, decoder_rest = sum_over_processes(parts)
+            consistencies = (means[0], means[1])
             encoder_loss, decoder_loss = encoder_rest - utility, decoder_rest + utility
         values = (code_reduction, *consistencies, psnr, encoder_loss, decoder_loss)
         return ClosedLoopFigures(*rates, *(value.detach() for value in values))
+
+
+def _precise(tensor: Tensor) -> torch.dtype:
+    """Float32, or better where the tensor is."""
+    return torch.promote_types(tensor.dtype, torch.float32)
 
 
 def player_parameters(model: CtrlCscModel) -> tuple[list[nn.Parameter], list[nn.Parameter]]:

@@ -39,6 +39,11 @@ FIGURES = {
     "lpips": ("LPIPS", "lpips", "{:.3f}"),
     "frechet_distance": ("Fréchet distance of reconstructions", "frechet_distance", "{:.2f}"),
     "kernel_distance": ("kernel distance of reconstructions", "kernel_distance", "{:.4f}"),
+    "feature_cosine": ("cosine of features of an image and its reconstruction", "feature_cosine", "{:.3f}"),
+    "nonzero_1": ("active codes, stage 1", "active_codes_1", "{:.1%}"),
+    "nonzero_2": ("active codes, stage 2", "active_codes_2", "{:.1%}"),
+    "nonzero_3": ("active codes, stage 3", "active_codes_3", "{:.1%}"),
+    "codes_linear_probe": ("linear probe on the pooled codes, accuracy", "codes_linear_probe", "{:.1%}"),
     "linear_probe": ("linear probe on the latents, accuracy", "linear_probe", "{:.1%}"),
     "knn": ("10 nearest latents, accuracy", "knn", "{:.1%}"),
 }

@@ -33,7 +33,7 @@ class VisionFeatures:
         config = AutoConfig.from_pretrained(model_name_or_path)
         self.is_classifier = any(name.endswith("ForImageClassification") for name in config.architectures or ())
         auto = AutoModelForImageClassification if self.is_classifier else AutoModel
-        model, loading = auto.from_pretrained(model_name_or_path, output_loading_info=True)
+        model, loading = auto.from_pretrained(model_name_or_path, dtype=torch.float32, output_loading_info=True)
         if model.main_input_name != "pixel_values":
             raise ValueError(f"{model_name_or_path!r} must be a vision model, got one of {model.main_input_name}")
         if loading["missing_keys"]:
