@@ -171,7 +171,8 @@ def main(settings: TrainingSettings, config: CtrlCscConfig) -> Path:
     if checkpoint:
         state.load(checkpoint)
         accelerator.print(f"Resumed from {checkpoint}")
-    accelerator.init_trackers("ctrl_csc", config=asdict(settings))
+    tracked = {name: str(v) if isinstance(v, list) else v for name, v in asdict(settings).items()}
+    accelerator.init_trackers("ctrl_csc", config=tracked)
 
     figures, collapse = StepFigures(), CollapseWatch(settings.collapse_share, settings.collapse_steps)
     images_a_step = settings.train_batch_size * accelerator.num_processes

@@ -141,17 +141,19 @@ class ClosedLoopObjective:
     @property
     def compares_codes(self) -> bool:
         """Whether a term of the stages' codes has a weight."""
-        return bool(self.code_consistency or torch.as_tensor(self.code_reduction).any())
+        return bool(self.code_consistency or any(self.stage_weights()))
 
-    def stage_weights(self, stages: int) -> Tensor:
-        """w_l, (stages,); ValueError for another number of weights."""
-        weights = torch.as_tensor(self.code_reduction, dtype=torch.float64)
-        if weights.ndim and len(weights) != stages:
-            raise ValueError(f"code_reduction must be one number or {stages}, one a stage, got {self.code_reduction!r}")
-        return weights.expand(stages)
+    def stage_weights(self, stages: int = 1) -> list[float]:
+        """w_l of every stage; ValueError for another number of weights."""
+        weights = self.code_reduction
+        if not isinstance(weights, Sequence):
+            return [weights] * stages
+        if stages > 1 and len(weights) != stages:
+            raise ValueError(f"code_reduction must be one number or {stages}, one a stage, got {weights!r}")
+        return list(weights)
 
-    def code_reductions(self, codes: Sequence[Tensor], reconstructed: Sequence[Tensor]) -> Tensor:
-        """dR(C_l, Ch_l) of every stage, (L,), in nats; over several processes, of the images of all.
+    def code_reductions(self, codes: Sequence[Tensor], reconstructed: Sequence[Tensor]) -> list[Tensor]:
+        """dR(C_l, Ch_l) of every stage, scalars, in nats; over several processes, of the images of all.
 
         R(C) = 1/2 logdet(I + 1/(N eps^2) C^T C) of the N rows of a stage, the codes at every position of every image:
         normalised, they have the length sqrt(C_l), which takes the place of the factor d of unit rows.
@@ -165,7 +167,7 @@ class ClosedLoopObjective:
             moments = sum_for_all(second_moments(torch.stack([c.movedim(1, -1).flatten(0, -2) for c in pair])))
             count = positions * count_over_processes(len(pair[0]), moments.device)
             reductions.append(rates_of_moments(moments, count, distortion=self.distortion * width)[0])
-        return torch.stack(reductions)
+        return reductions
 
     def code_difference(self, codes: Sequence[Tensor], reconstructed: Sequence[Tensor]) -> Tensor:
         """S_c of each image (n,): the means of (C_l - Ch_l)^2, summed over stages; of the codes of x as constants."""
@@ -305,8 +307,9 @@ class ClosedLoop:
         if encoded.normalized_codes is not None and encoded_again.normalized_codes is not None:
             pairs = (encoded.normalized_codes, encoded_again.normalized_codes)
             of_stages = objective.code_reductions(*pairs)
-            code_reduction = of_stages.sum()
-            utility = utility + (objective.stage_weights(len(of_stages)).to(of_stages) * of_stages).sum()
+            code_reduction = torch.stack(of_stages).sum()
+            weights = objective.stage_weights(len(of_stages))
+            utility = utility + sum(weight * reduction for weight, reduction in zip(weights, of_stages, strict=True))
             code_consistency = objective.code_difference(*pairs).sum() / count
         encoder_loss, decoder_loss = -utility, utility
         if objective.encoder_consistency:
