@@ -247,6 +247,14 @@ def test_a_checkpoint_without_records_has_a_card_without_figures(tmp_path: Path)
             "E is the energy above, of all stages, per pixel.",
         ),
         ({"objective": "multi"}, "J alone uses labels."),
+        (
+            {"code_reduction": [0.3], "code_consistency": 2.0, "pixel_error": 50.0, "encoder_learning_rate": 0.0},
+            "With J = dR(Z, Zh) = R(Z u Zh) - R(Z)/2 - R(Zh)/2 + 0.3 sum_l dR(C_l, Ch_l), the decoder minimises "
+            "J + 20 S + 2 S_c + 50 1/2 |x - xh|^2 per pixel; the encoder stands still; S is the mean of "
+            "1 - cos(z_i, zh_i); C_l are the normalised codes of stage l of images, Ch_l those of reconstructions, "
+            "S_c the mean of (C_l - Ch_l)^2, summed over stages.\n- No labels are used.",
+        ),
+        ({"code_reduction": [0.3, 0.0, 0.1]}, "R(Zh)/2 + 0.3 dR(C_1, Ch_1) + 0.1 dR(C_3, Ch_3), the encoder"),
         ({"objective": "binary"}, "No labels are used."),
         (
             {"energy_warmup_steps": 0, "deconvolution_warmup_steps": 7},

@@ -8,6 +8,7 @@ from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
+from .configuration_ctrl_csc import CtrlCscConfig
 from .modeling_ctrl_csc import CtrlCscModel
 from .records import DAMAGED, read_object, readable
 
@@ -133,6 +134,7 @@ def model_card(
         figure=FIGURE,
         config=config,
         stage_channels=", ".join(map(str, config.stage_channels)),
+        **{field: _of_stages(config, field) for field in ("sparsity", "num_iterations")},
         parameters=sum(parameter.numel() for parameter in model.parameters()),
         distortion=settings.get("distortion"),
         game=game,
@@ -197,17 +199,38 @@ def _game(settings: dict[str, Any]) -> str:
         return " + ".join([start, *weighted])
 
     encoder = loss("-J", (("encoder_consistency", "S"), ("augmentation_consistency", "S_a"), ("energy", "E")))
-    decoder = loss("J", (("decoder_consistency", "S"),))
+    decoder = loss(
+        "J", (("decoder_consistency", "S"), ("code_consistency", "S_c"), ("pixel_error", "1/2 |x - xh|^2 per pixel"))
+    )
     utility = UTILITIES[settings.get("objective", "binary")]
+    weights = settings.get("code_reduction", [0.0])
+    if len(weights) == 1 and weights[0]:
+        utility += f" + {weights[0]:g} sum_l dR(C_l, Ch_l)"
+    elif any(weights):
+        utility += "".join(
+            f" + {weight:g} dR(C_{stage}, Ch_{stage})" for stage, weight in enumerate(weights, 1) if weight
+        )
     text = f"With J = {utility}, the encoder minimises {encoder}, the decoder {decoder}"
+    if settings.get("encoder_learning_rate") == 0:
+        text = f"With J = {utility}, the decoder minimises {decoder}; the encoder stands still"
     distance = {"cosine": "1 - cos(z_i, zh_i)", "rate": "dR(z_i, zh_i)"}[settings.get("consistency", "cosine")]
-    if " S" in encoder + decoder:
+    if " S" in (encoder + decoder).replace(" S_c", ""):
         text += f"; S is the mean of {distance}"
+    if any(weights) or " S_c" in decoder:
+        text += "; C_l are the normalised codes of stage l of images, Ch_l those of reconstructions"
+    if " S_c" in decoder:
+        text += ", S_c the mean of (C_l - Ch_l)^2, summed over stages"
     if " S_a" in encoder:
         text += ", S_a the same between the latents of images and of augmented ones"
     if " E" in encoder:
         text += "; E is the energy above, of all stages, per pixel"
     return text
+
+
+def _of_stages(config: CtrlCscConfig, field: str) -> str:
+    """The value of a field of all stages, or each one's."""
+    values = [f"{value:g}" for value in config.of_stages(field)]
+    return values[0] if len(set(values)) == 1 else " and ".join(values)
 
 
 def _warmup(settings: dict[str, Any]) -> str:

@@ -217,7 +217,12 @@ def html_report(model: CtrlCscModel, name: str, chapters: dict[str, list[Picture
     facts = {
         "Images": f"{sizes[0]} x {sizes[0]} pixels, coded by {config.latent_dim} numbers",
         "Stages": stages,
-        "Sparse coding": f"λ = {config.sparsity:g}, {_count(config.num_iterations, 'step')} of FISTA",
+        "Sparse coding": "; ".join(
+            f"{stage}: λ = {sparsity:g}, {_count(steps, 'step')} of FISTA"
+            for stage, (sparsity, steps) in enumerate(
+                zip(config.of_stages("sparsity"), config.of_stages("num_iterations"), strict=True), 1
+            )
+        ),
         "Dictionaries": "shared by both halves" if config.share_dictionaries else "of encoder and decoder apart",
         "Decoder's norms": "inverse of the encoder's" if config.decoder_normalization == "inverse" else "its own",
         "Parameters": f"{model.num_parameters():,}",
