@@ -190,6 +190,20 @@ def test_a_parquet_file_in_no_split_or_in_two_is_told(files, wrong, folder, tmp_
         assert sum(counts) == sum(not name.startswith(".") for name in files)
 
 
+@pytest.mark.parametrize(
+    "other", ["photos.zip", "dog/photos.ZIP", "train.parquet", "train.tar", "dog/3.avif", "cat/4.png.gz"]
+)
+def test_what_would_be_read_beside_image_files_in_their_place_or_not_at_all_is_told(other, tmp_path):
+    for name in ("cat/1.png", "dog/2.png"):
+        (tmp_path / name).parent.mkdir()
+        random_image(0).save(tmp_path / name)
+    (tmp_path / "cat" / "notes.txt").write_text("other files stay unread", encoding="utf-8")
+    assert len(load_images(ImageSource(train_data_dir=str(tmp_path), cache_dir=str(tmp_path / ".cache")))) == 2
+    (tmp_path / other).write_bytes(b"")
+    with pytest.raises(ValueError, match=rf"got 2 image files, such as .*, and 1 others, such as {other}, .*: convert"):
+        find_data(str(tmp_path))
+
+
 def test_without_a_label_column_there_are_no_labels(parquet_folder, tmp_path):
     source = ImageSource(train_data_dir=parquet_folder, label_column="none", cache_dir=str(tmp_path))
     assert set(next(iter(loader_of(load_images(source))))) == {"pixels"}
