@@ -215,7 +215,8 @@ def test_a_card_reads_figures_of_the_training_data_or_of_data_with_an_id_and_sho
 
     for options, recorded, held_out in (
         ({"train_data_dir": ours}, True, True),
-        ({"train_data_dir": ours, "split": "train"}, True, False),
+        ({"train_data_dir": ours, "split": "train"}, False, False),
+        ({"train_data_dir": ours, "split": "train", "hub_dataset_id": "org/ours"}, False, False),
         ({"train_data_dir": theirs}, False, False),
         ({"train_data_dir": theirs, "hub_dataset_id": "org/theirs"}, True, False),
     ):

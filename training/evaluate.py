@@ -152,7 +152,7 @@ class Images:
     classes: values of the labels, in order; labels: (n,), places among these; probed: training images and their labels,
         in the same form. None where there is no probe.
     held_out: whether the test images are of the data set that the model was trained on, and no training images.
-    recorded: whether a card can tell the data set: the one of the training, or one with an id of its own on the Hub.
+    recorded: whether they are held out, or of another data set with an id of its own on the Hub: a card tells these.
     """
 
     test: Tensor
@@ -182,8 +182,9 @@ def main(settings: EvaluationSettings) -> dict[str, dict[str, Any]]:
     if settings.is_beside_model and not images.recorded:
         output_dir /= "evaluation"
         print(
-            "This is not known to be the data set that the model was trained on, and it has no other id on the Hub "
-            "(--hub_dataset_id) by which the model's card could name it: the model's metrics.json stays as it is"
+            "These images are not known to be held-out ones of the data set that the model was trained on, and it has "
+            "no other id on the Hub (--hub_dataset_id) by which the model's card could name it: the model's "
+            "metrics.json stays as it is"
         )
     digest = digest_of(models[MODEL])
     earlier_metrics(output_dir / "metrics.json", digest)  # before hours of measuring
@@ -294,7 +295,7 @@ def load_data(settings: EvaluationSettings, image_size: int) -> Images:
     """Images to measure on, and all others of the training split."""
     trained_with = training_settings(settings.model)
     of_training_data = is_training_data(settings, trained_with)
-    recorded = of_training_data or settings.hub_dataset_id not in (None, trained_with.get("hub_dataset_id"))
+    has_other_id = settings.hub_dataset_id not in (None, trained_with.get("hub_dataset_id"))
     if not of_training_data:
         trained_with = {}
     # Of the data set that the model was trained on, the same settings as train.py's hold out the same images.
@@ -322,7 +323,7 @@ def load_data(settings: EvaluationSettings, image_size: int) -> Images:
         if of_training_data and not held_out:
             logger.warning("The model was trained on all images of the split %r, also on those measured here", split)
     if held_out and not are_same_images(class_source, trained_with, split):
-        held_out = recorded = False
+        held_out = False
         logger.warning(
             "The images of the split %r may be training images, as this is another copy of the data set than the model "
             "was trained on, or the model does not tell: give the same copy, or --split of images that it has not seen",
@@ -352,6 +353,7 @@ def load_data(settings: EvaluationSettings, image_size: int) -> Images:
             probed = probed_pixels, probed_classes
         except ValueError as error:
             logger.warning("%s, so there is no probe", error)
+    recorded = held_out if of_training_data else has_other_id
     return Images(pixels, split, training, image_column, classes, numbered, probed, held_out, recorded)
 
 
