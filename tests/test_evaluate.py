@@ -284,6 +284,16 @@ def test_of_a_model_that_does_not_tell_its_images_only_another_split_is_held_out
         assert images.held_out == images.recorded == held_out
 
 
+def test_rivals_are_fitted_on_the_split_that_the_model_was_trained_on(
+    evaluate: ModuleType, settings: Callable[..., Any], image_folder: Path, tmp_path: Path
+) -> None:
+    record = {"train_data_dir": str(image_folder), "train_split": "train"}
+    (tmp_path / "training_args.json").write_text(json.dumps(record), encoding="utf-8")
+    evaluate.load_data(settings(model=str(tmp_path), train_split="train"), 16)
+    with pytest.raises(ValueError, match=r"train_split must be 'train', as the model was trained on it, .*'nonsense'"):
+        evaluate.load_data(settings(model=str(tmp_path), train_split="nonsense"), 16)
+
+
 def test_the_part_held_out_in_training_is_measured_whatever_the_labels_of_the_probe(
     evaluate: ModuleType, settings: Callable[..., Any], train: Callable[..., Path], tmp_path: Path
 ) -> None:

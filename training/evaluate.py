@@ -95,7 +95,11 @@ class EvaluationSettings:
     dataset_config_name: str | None = option(None, "Name of the data set configuration.")
     train_data_dir: str | None = option(None, "A local folder of images, or of Parquet files.")
     hub_dataset_id: str | None = option(None, "Hub id of the data set that a local folder is a copy of.")
-    train_split: str = option("train", "Split that PCA, the mean image and the probes are fitted on.")
+    train_split: str | None = option(
+        None,
+        "Split that PCA, the mean image and the probes are fitted on; by default the one that the model was trained "
+        "on, the only one allowed of the model's own data set, or else train.",
+    )
     split: str | None = option(
         None,
         "Split to measure on; by default a test or validation split, or else the images of the training split that "
@@ -298,12 +302,18 @@ def load_data(settings: EvaluationSettings, image_size: int) -> Images:
     has_other_id = settings.hub_dataset_id not in (None, trained_with.get("hub_dataset_id"))
     if not of_training_data:
         trained_with = {}
+    train_split = trained_with.get("train_split", settings.train_split or "train")
+    if settings.train_split not in (None, train_split):
+        raise ValueError(
+            f"train_split must be {train_split!r}, as the model was trained on it, or be left out, got "
+            f"{settings.train_split!r}"
+        )
     # Of the data set that the model was trained on, the same settings as train.py's hold out the same images.
     source = ImageSource(
         dataset_name=settings.dataset_name,
         dataset_config_name=settings.dataset_config_name or trained_with.get("dataset_config_name"),
         train_data_dir=settings.train_data_dir,
-        split=trained_with.get("train_split", settings.train_split),
+        split=train_split,
         streaming=trained_with.get("streaming", settings.dataset_name is not None),
         image_column=settings.image_column or trained_with.get("image_column"),
         label_column=settings.label_column,
