@@ -568,6 +568,27 @@ def test_a_run_that_starts_from_a_checkpoint_takes_its_sizes_and_weights(train: 
     torch.testing.assert_close(before[name], after[name], atol=1e-3, rtol=0)
 
 
+def test_a_run_that_starts_from_a_model_holds_out_the_same_images_of_the_same_data_set(
+    train: Train, image_folder: Path, tmp_path: Path
+) -> None:
+    first = train("--max_train_steps", "2", output="first")
+    short = ("--max_train_steps", "1")
+    for start in (first, first / "checkpoint-2"):
+        flags = ("--pretrained_model_name_or_path", str(start), *short)
+        for changed, remedy in (
+            (("--seed", "1"), "--seed 0"),
+            (("--num_validation_images", "4"), "--num_validation_images 16"),
+            (("--streaming", "true", "--seed", "2"), "--streaming False, --seed 0"),
+        ):
+            with pytest.raises(ValueError, match=rf"held-out images must be those of .*first.*\) {remedy}$"):
+                train(*flags, *changed, output="second")
+    others = shutil.copytree(image_folder, tmp_path / "others")
+    for path in others.glob("train/class0/*.png"):
+        Image.new("RGB", (20, 16), "red").save(path)
+    train(*flags, output="second")
+    train(*flags, "--seed", "1", output="third", data=others)
+
+
 @pytest.mark.parametrize("name", preset_names())
 def test_every_preset_is_valid_and_flags_override_it(name: str) -> None:
     from settings import parse_settings

@@ -192,6 +192,28 @@ def identify(
     return identity
 
 
+def identify_as_trained(source: ImageSource, trained_with: dict[str, Any]) -> tuple[dict[str, Any], str]:
+    """`identify`, if the source is divided as an earlier run divided its images, and the split of the held-out part.
+
+    Args:
+        source: with the training split, the streaming and the column of labels that the run had.
+        trained_with: what train.py wrote about the run.
+
+    Raises:
+        ValueError: see `load_splits`.
+    """
+    training, held_out, split = load_splits(
+        source,
+        trained_with["validation_split"],
+        trained_with["num_validation_images"],
+        seed=trained_with["seed"],
+        preferred=HELD_OUT_SPLITS,
+    )
+    return identify(
+        training, held_out, *find_columns(training.features, source.image_column, source.label_column)
+    ), split
+
+
 def _identifying_rows(images: ImageDataset) -> Iterator[dict[str, Any]]:
     if isinstance(images, datasets.Dataset):
         yield from (row for _, row in islice(draw_rows(images, IDENTIFYING, seed=0), IDENTIFYING))

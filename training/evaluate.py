@@ -38,7 +38,7 @@ from data import (
     ImageSource,
     decode,
     find_held_out_split,
-    identify,
+    identify_as_trained,
     load_images,
     load_splits,
     number_classes,
@@ -46,8 +46,7 @@ from data import (
     to_pixel_values,
 )
 from ema import GRID_IMAGES
-from huggingface_hub import hf_hub_download
-from run import SETTINGS, figure_records, one_line_errors, readable, save_grid
+from run import figure_records, one_line_errors, readable, save_grid, training_settings
 from settings import hub_id, option
 from stream import ImageLoader, ImageStream
 from torch import Tensor
@@ -242,18 +241,6 @@ def digest_of(model: CtrlCscModel) -> str:
     return digest.hexdigest()
 
 
-def training_settings(model: str) -> dict[str, Any]:
-    """What train.py wrote about the model's training; empty where nothing is known."""
-    path = Path(model, SETTINGS)
-    if not Path(model).exists():
-        with suppress(OSError, ValueError):  # there is none
-            path = Path(hf_hub_download(model, SETTINGS))
-    if not path.exists():
-        return {}
-    with readable(path, "remove it, and the model is measured without what is known of its training"):
-        return read_object(path)
-
-
 def is_training_data(settings: EvaluationSettings, trained_with: dict[str, Any]) -> bool:
     """Whether the data set is called that of the model's training: by its Hub id, or by its local folder."""
     if settings.dataset_config_name not in (None, trained_with.get("dataset_config_name")):
@@ -280,17 +267,9 @@ def are_same_images(source: ImageSource, trained_with: dict[str, Any], split: st
     if known is None:
         return split != source.split
     try:
-        training, held_out, held_out_split = load_splits(
-            source,
-            trained_with["validation_split"],
-            trained_with["num_validation_images"],
-            seed=trained_with["seed"],
-            preferred=HELD_OUT_SPLITS,
-        )
+        found, held_out_split = identify_as_trained(source, trained_with)
     except ValueError:  # it has no such split
         return False
-    columns = find_columns(training.features, source.image_column, source.label_column)
-    found = identify(training, held_out, *columns)
     kind = "held-out" if split == held_out_split else "training"
     return all(found.get(name) == value for name, value in known.items() if kind in name)
 

@@ -8,7 +8,7 @@ import shutil
 import signal
 import sys
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from textwrap import shorten
@@ -19,6 +19,7 @@ from accelerate import Accelerator, PartialState
 from accelerate.utils import gather_object
 from datasets.exceptions import DatasetsError
 from ema import GRID_IMAGES, AverageOfWeights
+from huggingface_hub import hf_hub_download
 from safetensors.torch import load_file, save_file
 from settings import FIXED, WITHOUT_INFLUENCE, TrainingSettings
 from stream import ImageLoader, Place
@@ -131,7 +132,7 @@ class TrainingState:
             "averaged": self.average.steps if self.average else None,
         }
         _write_json(folder / NUMBERS, numbers)
-        _write_json(folder / SETTINGS, asdict(self.settings))
+        _write_json(folder / SETTINGS, asdict(self.settings) | {"images": self.images})
 
     def load(self, folder: Path) -> None:
         """What `save` wrote, but the model, which was built from the folder already; checks settings and images.
@@ -338,6 +339,18 @@ def find_checkpoint(output_dir: Path, wanted: str) -> Path:
     if not found:
         raise ValueError(f"resume_from_checkpoint='latest', but there is no checkpoint in {output_dir}")
     return found[-1]
+
+
+def training_settings(model: str) -> dict[str, Any]:
+    """What train.py wrote about the model's training; empty where nothing is known."""
+    path = Path(model, SETTINGS)
+    if not Path(model).exists():
+        with suppress(OSError, ValueError):  # there is none
+            path = Path(hf_hub_download(model, SETTINGS))
+    if not path.exists():
+        return {}
+    with readable(path, "remove it, and the model is measured without what is known of its training"):
+        return read_object(path)
 
 
 @contextmanager
