@@ -335,6 +335,15 @@ def test_a_long_stream_is_sampled_from_a_part_of_its_row_groups_all_over(tmp_pat
     assert len({row["label"] for _, row in rows}) > 5  # the first 50 rows have two labels
 
 
+def test_a_tenth_of_a_long_stream_can_be_held_out(tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(encoding, "SAMPLED_SHARDS", 10)
+    images = sorted_by_class(tmp_path / "data", True, sizes=[40] * 50)  # 100 row groups of 20 images
+    for count in (100, 200):
+        rest, held = hold_out(images, count, image_column="image", label_column="label")
+        assert len(held) == count and len(list(rest)) == 2000 - count
+    assert "held out instead of" not in caplog.text
+
+
 @pytest.mark.parametrize("streaming", [False, True])
 def test_a_data_set_is_told_from_one_of_other_images_labels_or_order_wherever_they_differ(streaming, tmp_path):
     numbers, labels = list(range(200)), [index // 100 for index in range(200)]

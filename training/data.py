@@ -45,6 +45,7 @@ Augmentation = Literal["none", "flip", "crop_and_flip"]
 HELD_OUT_SPLITS = ("validation", "valid", "val", "dev", "test")  # of train.py, in this order, where none is named
 AUGMENTATIONS = ("none", "flip", "crop_and_flip")
 RESAMPLE = CtrlCscImageProcessor.resample
+HELD_OUT_OF = 10  # images, one at most is held out
 IDENTIFYING = 128  # images, at most, that with their labels tell a data set from others
 PLACES = 16  # where these are read in a stream
 CROP_AREA = (0.5, 1.0)
@@ -316,7 +317,7 @@ def hold_out(
         def visit(row: dict[str, Any]) -> None:
             contents[row.get(label_column)].add(content("", row))
 
-        rows, size = reservoir(dataset, count, seed, visit)
+        rows, size = reservoir(dataset, count, seed, visit, at_least=HELD_OUT_OF * count)
     else:
 
         def content(key: str, _: dict[str, Any]) -> Any:
@@ -325,7 +326,7 @@ def hold_out(
         rows, size = draw_rows(dataset, count, seed), len(dataset)
         for index, label in enumerate(dataset[label_column] if label_column else [None] * size):
             contents[label].add(index)
-    allowed = min(count, max(1, size // 10))
+    allowed = min(count, max(1, size // HELD_OUT_OF))
     held: list[tuple[str, dict[str, Any]]] = []
     for key, row in rows:
         if len(held) == allowed:

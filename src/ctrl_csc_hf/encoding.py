@@ -252,9 +252,16 @@ def draw_rows(dataset: ImageDataset, count: int, seed: int) -> Iterator[tuple[st
 
 
 def reservoir(
-    dataset: datasets.IterableDataset, count: int, seed: int, visit: Callable[[Row], None] | None = None
+    dataset: datasets.IterableDataset,
+    count: int,
+    seed: int,
+    visit: Callable[[Row], None] | None = None,
+    at_least: int = 0,
 ) -> tuple[list[tuple[str, Row]], int]:
-    """`draw_rows` of a stream, and the number of rows that it was drawn from; `visit` is called with each of these."""
+    """`draw_rows` of a stream, and the number of rows that it was drawn from, `at_least` so many, if there are.
+
+    `visit` is called with each of these.
+    """
     shards = dataset.reshard()
     generator = np.random.default_rng(seed)
     size = count + count // 10 + SPARE_ROWS
@@ -262,7 +269,7 @@ def reservoir(
     seen = 0
     order = generator.permutation(shards.num_shards).tolist()
     for visited, shard in enumerate(tqdm(order, desc="shards read for a sample")):
-        if visited >= SAMPLED_SHARDS and seen >= SAMPLED_ROWS * size:
+        if visited >= SAMPLED_SHARDS and seen >= max(at_least, SAMPLED_ROWS * size):
             break
         batches = shards.shard(shards.num_shards, shard).iter(ROWS_AT_ONCE)
         for position, row in enumerate(row for batch in batches for row in rows_of(batch)):
