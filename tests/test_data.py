@@ -321,6 +321,15 @@ def test_copies_of_a_held_out_image_do_not_take_the_last_of_a_class_out_of_a_str
         assert {row["label"] for row in rest} == {0, 1, 2} and len(list(rest)) == 27 and len(held) == 3
 
 
+def test_copies_in_a_streamed_folder_are_held_out_together(tmp_path):
+    for index in range(40):  # each image twice, under two names
+        random_image(index % 20).save(tmp_path / f"{index}.png")
+    images = load_images(ImageSource(train_data_dir=str(tmp_path), streaming=True))
+    rest, held = hold_out(images, 4, image_column="image")
+    contents = [{Path(row["image"]["path"]).read_bytes() for row in rows} for rows in (rest, held)]
+    assert len(contents[1]) == 4 and contents[0].isdisjoint(contents[1]) and len(list(rest)) == 40 - 8
+
+
 def test_images_that_are_all_the_last_of_their_class_cannot_be_held_out(tmp_path):
     images = sorted_by_class(tmp_path / "data", True, sizes=[1] * 30)
     with pytest.raises(ValueError, match=r"no image can be held out of 30.*--validation_split"):

@@ -359,8 +359,9 @@ def _is_not_in(encoded: dict[str, Any], digests: frozenset[bytes]) -> bool:
 
 
 def _digest(encoded: dict[str, Any] | None) -> bytes:
-    encoded = encoded or {}
-    data = encoded.get("bytes") or (encoded.get("path") or "").encode()
+    data = ((encoded or {}).get("path") or "").encode()
+    with suppress(Exception):  # what cannot be read is told by its path
+        data = image_bytes(encoded)
     return hashlib.blake2b(data, digest_size=16).digest()
 
 
