@@ -550,6 +550,30 @@ def test_a_preset_with_an_unknown_entry_is_refused(section: str, entry: str, tmp
         parse_settings(["--config", str(preset), "--dataset_name", "x"])
 
 
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("model: [", "must be a YAML file, but cannot be read as one: while parsing"),
+        ("training: [1]", r"sections must hold entries of the form 'name: value', got {'training': \[1\]}"),
+        ("training: {max_train_steps: }", "max_train_steps must be of the type int, got None"),
+        ("training: {max_train_steps: abc}", "max_train_steps must be of the type int, got 'abc'"),
+        ("training: {checkpoints_total_limit: 1.5}", "must be of the type int or NoneType, got 1.5"),
+        ("model: {image_size: }", "image_size.*got NoneType"),
+    ],
+)
+def test_what_is_wrong_in_a_preset_is_one_line_with_the_files_name(text: str, message: str, tmp_path: Path) -> None:
+    from settings import parse_settings
+
+    preset = tmp_path / "wrong.yaml"
+    preset.write_text(text, encoding="utf-8")
+    with pytest.raises(ValueError, match=rf"^.*wrong\.yaml.*{message}") as caught:
+        parse_settings(["--config", str(preset), "--dataset_name", "x"])
+    assert "\n" not in str(caught.value)
+    preset.write_text("training: {ema_decay: 1e-4, seed: 3, checkpoints_total_limit: }", encoding="utf-8")
+    settings, _ = parse_settings(["--config", str(preset), "--dataset_name", "x"])
+    assert (settings.ema_decay, settings.seed, settings.checkpoints_total_limit) == (1e-4, 3, None)
+
+
 def test_a_run_that_starts_from_a_checkpoint_takes_its_sizes_and_weights(train: Train, tiny_preset: Path) -> None:
     first = train(output="first")
     larger = (
