@@ -182,6 +182,18 @@ def test_integer_labels_are_probed_and_missing_ones_are_told(
     assert "label_column='label' holds -1, so there is no probe" in caplog.text
 
 
+@pytest.mark.parametrize("count", [1, 3])
+def test_a_few_images_are_measured_too(
+    evaluate: ModuleType, settings: Callable[..., Any], tmp_path: Path, count: int
+) -> None:
+    configuration = CtrlCscConfig(image_size=16, latent_dim=4, stage_channels=[4], kernel_sizes=[4, 8], strides=[2, 1],
+                                  paddings=[1, 0])  # fmt: skip
+    CtrlCscModel(configuration).save_pretrained(tmp_path / "model")
+    data = labelled(tmp_path / "few", list(range(count)))
+    figures = evaluate.main(settings(model=str(tmp_path / "model"), train_data_dir=data))["CTRL-CSC"]
+    assert np.isfinite(figures["psnr"]) and (tmp_path / "evaluation" / "neighbours.png").exists()
+
+
 @pytest.mark.parametrize("split", [None, "train"])
 def test_of_a_split_that_is_fitted_other_images_are_measured_on(
     evaluate: ModuleType, settings: Callable[..., Any], split: str | None, tmp_path: Path

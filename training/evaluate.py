@@ -518,7 +518,7 @@ def draw(
     z = ours.encode(x)
     neighbours, cosines = nearest_training_images(ours, z, images, image_size, device)
     table = torch.cat([x[:, None], ours.decode(z)[:, None], neighbours], dim=1)
-    names = ["image", "reconstruction", *(f"nearest {index + 1}" for index in range(NEIGHBOURS))]
+    names = ["image", "reconstruction", *(f"nearest {index + 1}" for index in range(cosines.shape[1]))]
     captions = [["", "", *(f"cos {cosine:.2f}" for cosine in row)] for row in cosines.tolist()]
     image_table(
         table.cpu(), row_labels=[str(index) for index in range(len(x))], column_labels=names, image_labels=captions
@@ -536,7 +536,10 @@ def draw(
 def nearest_training_images(
     ours: Autoencoder, z: Tensor, images: Images, image_size: int, device: torch.device
 ) -> tuple[Tensor, Tensor]:
-    """For latents (n, d), the training images with the nearest latents (n, NEIGHBOURS, 3, s, s), and their cosines."""
+    """For latents (n, d), the training images with the nearest latents (n, k, 3, s, s), and their cosines (n, k).
+
+    k is `NEIGHBOURS`, or the number of training images if there are fewer.
+    """
     cosines = z.new_full((len(z), 0), 0)
     nearest = z.new_zeros(len(z), 0, 3, image_size, image_size)
     for x in training_batches(images, image_size, device):
