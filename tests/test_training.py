@@ -363,6 +363,13 @@ def test_what_was_learnt_before_the_game_is_kept_and_gone_on_from(
         assert torch.equal(first[name], second[name]), name
 
 
+def test_the_precision_that_the_launcher_was_told_is_recorded(train: Train, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    folder = train("--max_train_steps", "2")
+    for path in (folder, folder / "checkpoint-2"):
+        assert json.loads((path / "training_args.json").read_text(encoding="utf-8"))["mixed_precision"] == "bf16"
+
+
 def test_gradient_accumulation_is_refused_with_the_reason(train: Train, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "2")
     with pytest.raises(

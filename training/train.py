@@ -82,6 +82,7 @@ def main(settings: TrainingSettings, config: CtrlCscConfig) -> Path:
         )
     if accelerator.mixed_precision not in PRECISIONS:
         raise ValueError(f"mixed_precision must be one of {PRECISIONS}, got {accelerator.mixed_precision!r}")
+    settings.mixed_precision = accelerator.mixed_precision  # for the record, where the launcher has said it
     if accelerator.gradient_accumulation_steps > 1:
         raise ValueError(
             f"gradient_accumulation_steps must be 1, got {accelerator.gradient_accumulation_steps}: neither coding "
