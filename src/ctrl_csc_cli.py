@@ -266,7 +266,7 @@ def fit_sampler(
     except (OSError, ValueError) as error:
         _stop(str(error))
     with _written(folder, "--model"):
-        sampler.save_pretrained(folder / hub.SAMPLER)
+        hub.save_sampler(folder, sampler)
         if sampler.labels is not None:
             id2label = dict(enumerate(names)) if names else {label: str(label) for label in sampler.labels.tolist()}
             loaded.config.id2label = id2label

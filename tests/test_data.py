@@ -190,6 +190,20 @@ def test_a_parquet_file_in_no_split_or_in_two_is_told(files, wrong, folder, tmp_
         assert sum(counts) == sum(not name.startswith(".") for name in files)
 
 
+@pytest.mark.parametrize(
+    "other", ["photos.zip", "dog/photos.ZIP", "train.parquet", "train.tar", "dog/3.avif", "cat/4.png.gz"]
+)
+def test_what_would_be_read_beside_image_files_in_their_place_or_not_at_all_is_told(other, tmp_path):
+    for name in ("cat/1.png", "dog/2.png"):
+        (tmp_path / name).parent.mkdir()
+        random_image(0).save(tmp_path / name)
+    (tmp_path / "cat" / "notes.txt").write_text("other files stay unread", encoding="utf-8")
+    assert len(load_images(ImageSource(train_data_dir=str(tmp_path), cache_dir=str(tmp_path / ".cache")))) == 2
+    (tmp_path / other).write_bytes(b"")
+    with pytest.raises(ValueError, match=rf"got 2 image files, such as .*, and 1 others, such as {other}, .*: convert"):
+        find_data(str(tmp_path))
+
+
 def test_without_a_label_column_there_are_no_labels(parquet_folder, tmp_path):
     source = ImageSource(train_data_dir=parquet_folder, label_column="none", cache_dir=str(tmp_path))
     assert set(next(iter(loader_of(load_images(source))))) == {"pixels"}
@@ -307,6 +321,15 @@ def test_copies_of_a_held_out_image_do_not_take_the_last_of_a_class_out_of_a_str
         assert {row["label"] for row in rest} == {0, 1, 2} and len(list(rest)) == 27 and len(held) == 3
 
 
+def test_copies_in_a_streamed_folder_are_held_out_together(tmp_path):
+    for index in range(40):  # each image twice, under two names
+        random_image(index % 20).save(tmp_path / f"{index}.png")
+    images = load_images(ImageSource(train_data_dir=str(tmp_path), streaming=True))
+    rest, held = hold_out(images, 4, image_column="image")
+    contents = [{Path(row["image"]["path"]).read_bytes() for row in rows} for rows in (rest, held)]
+    assert len(contents[1]) == 4 and contents[0].isdisjoint(contents[1]) and len(list(rest)) == 40 - 8
+
+
 def test_images_that_are_all_the_last_of_their_class_cannot_be_held_out(tmp_path):
     images = sorted_by_class(tmp_path / "data", True, sizes=[1] * 30)
     with pytest.raises(ValueError, match=r"no image can be held out of 30.*--validation_split"):
@@ -319,6 +342,15 @@ def test_a_long_stream_is_sampled_from_a_part_of_its_row_groups_all_over(tmp_pat
     rows, seen = encoding.reservoir(images, 50, seed=0)
     assert seen == 10 * 20 >= encoding.SAMPLED_ROWS * len(rows) and len(rows) >= 50
     assert len({row["label"] for _, row in rows}) > 5  # the first 50 rows have two labels
+
+
+def test_a_tenth_of_a_long_stream_can_be_held_out(tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(encoding, "SAMPLED_SHARDS", 10)
+    images = sorted_by_class(tmp_path / "data", True, sizes=[40] * 50)  # 100 row groups of 20 images
+    for count in (100, 200):
+        rest, held = hold_out(images, count, image_column="image", label_column="label")
+        assert len(held) == count and len(list(rest)) == 2000 - count
+    assert "held out instead of" not in caplog.text
 
 
 @pytest.mark.parametrize("streaming", [False, True])

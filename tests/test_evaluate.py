@@ -209,6 +209,18 @@ def test_integer_labels_are_probed_and_missing_ones_are_told(
     assert "label_column='label' holds -1, so there is no probe" in caplog.text
 
 
+@pytest.mark.parametrize("count", [1, 3])
+def test_a_few_images_are_measured_too(
+    evaluate: ModuleType, settings: Callable[..., Any], tmp_path: Path, count: int
+) -> None:
+    configuration = CtrlCscConfig(image_size=16, latent_dim=4, stage_channels=[4], kernel_sizes=[4, 8], strides=[2, 1],
+                                  paddings=[1, 0])  # fmt: skip
+    CtrlCscModel(configuration).save_pretrained(tmp_path / "model")
+    data = labelled(tmp_path / "few", list(range(count)))
+    figures = evaluate.main(settings(model=str(tmp_path / "model"), train_data_dir=data))["CTRL-CSC"]
+    assert np.isfinite(figures["psnr"]) and (tmp_path / "evaluation" / "neighbours.png").exists()
+
+
 @pytest.mark.parametrize("split", [None, "train"])
 def test_of_a_split_that_is_fitted_other_images_are_measured_on(
     evaluate: ModuleType, settings: Callable[..., Any], split: str | None, tmp_path: Path
@@ -242,7 +254,8 @@ def test_a_card_reads_figures_of_the_training_data_or_of_data_with_an_id_and_sho
 
     for options, recorded, held_out in (
         ({"train_data_dir": ours}, True, True),
-        ({"train_data_dir": ours, "split": "train"}, True, False),
+        ({"train_data_dir": ours, "split": "train"}, False, False),
+        ({"train_data_dir": ours, "split": "train", "hub_dataset_id": "org/ours"}, False, False),
         ({"train_data_dir": theirs}, False, False),
         ({"train_data_dir": theirs, "hub_dataset_id": "org/theirs"}, True, False),
     ):
@@ -308,6 +321,16 @@ def test_of_a_model_that_does_not_tell_its_images_only_another_split_is_held_out
         given = settings(model=str(tmp_path), train_data_dir=folder, hub_dataset_id="org/data")
         images = evaluate.load_data(given, 16)
         assert images.held_out == images.recorded == held_out
+
+
+def test_rivals_are_fitted_on_the_split_that_the_model_was_trained_on(
+    evaluate: ModuleType, settings: Callable[..., Any], image_folder: Path, tmp_path: Path
+) -> None:
+    record = {"train_data_dir": str(image_folder), "train_split": "train"}
+    (tmp_path / "training_args.json").write_text(json.dumps(record), encoding="utf-8")
+    evaluate.load_data(settings(model=str(tmp_path), train_split="train"), 16)
+    with pytest.raises(ValueError, match=r"train_split must be 'train', as the model was trained on it, .*'nonsense'"):
+        evaluate.load_data(settings(model=str(tmp_path), train_split="nonsense"), 16)
 
 
 def test_the_part_held_out_in_training_is_measured_whatever_the_labels_of_the_probe(

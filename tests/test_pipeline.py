@@ -1,6 +1,7 @@
 """CtrlCscPipeline gives what processor and model give by hand, in every form that diffusers' users expect."""
 
 import inspect
+import resource
 import subprocess
 import sys
 from pathlib import Path
@@ -265,6 +266,26 @@ def test_what_a_folder_holds_of_another_model_is_removed_when_a_pipeline_is_save
     left = {name for name in records | own if (tmp_path / name).is_file()}
     assert left == (records | own if change == "none" else own)
     assert CtrlCscPipeline.from_pretrained(tmp_path).sampler is None
+
+
+def test_what_cannot_be_written_is_an_error_that_leaves_the_folder_as_it_was(
+    pipe: CtrlCscPipeline, tmp_path: Path
+) -> None:
+    sampler = LatentSampler(torch.ones(1), torch.zeros(1, 8), [torch.eye(8)])
+    CtrlCscPipeline(pipe.model, pipe.image_processor, sampler).save_pretrained(tmp_path)
+    (tmp_path / "README.md").write_text("card", encoding="utf-8")
+    larger = LatentSampler(torch.ones(1), torch.zeros(1, 8), [torch.ones(2000, 8)])
+    other = CtrlCscPipeline(CtrlCscModel(CtrlCscConfig(**CONFIG)), pipe.image_processor, sampler)
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)  # of a file: the kernel refuses more, as on a full disk
+    resource.setrlimit(resource.RLIMIT_FSIZE, (8192, limits[1]))
+    try:
+        for write in (lambda: other.save_pretrained(tmp_path), lambda: larger.save_pretrained(tmp_path / "sampler")):
+            with pytest.raises(OSError, match="cannot be written and is as it was"):
+                write()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert before == {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
 
 
 def test_saving_a_pipeline_into_a_project_leaves_its_files(pipe: CtrlCscPipeline, tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ import torch
 from torch.autograd import gradcheck
 
 from ctrl_csc_hf import class_rate_reduction, coding_rate, multiclass_objective, rate_reduction
-from ctrl_csc_hf.rate_reduction import cosine_distance, sample_rate_reduction, unsupervised_objective
+from ctrl_csc_hf.rate_reduction import class_moments, cosine_distance, sample_rate_reduction, unsupervised_objective
 
 SIZES = [(3, 8), (8, 8), (20, 8), (1, 8), (5, 1), (1, 1), (40, 3)]
 
@@ -230,6 +230,15 @@ def test_objectives_of_labelled_sets_equal_a_loop_over_the_classes(labels, num_c
     got = multiclass_objective(z, zh, y, num_classes, distortion=distortion)
     expected = reference_multiclass_objective(z, zh, labels, num_classes, distortion)
     assert got.item() == pytest.approx(expected, rel=1e-11, abs=1e-12)
+
+
+@pytest.mark.parametrize("dtype", ["int32", "int16", "int8", "uint8", "uint16", "bool"])
+def test_labels_of_every_integer_type_give_the_same(dtype):
+    z, zh, y = unit_rows(10, 3, 1), unit_rows(10, 3, 2), torch.tensor([0, 1] * 5)
+    labels = y.to(getattr(torch, dtype))
+    assert torch.equal(class_rate_reduction(z, labels, 2), class_rate_reduction(z, y, 2))
+    assert torch.equal(multiclass_objective(z, zh, labels, 2), multiclass_objective(z, zh, y, 2))
+    assert torch.equal(class_moments(z, labels, 2), class_moments(z, y, 2))
 
 
 def test_class_rate_reduction_is_zero_for_one_class_and_never_negative():

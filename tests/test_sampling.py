@@ -313,6 +313,16 @@ def test_the_command_writes_a_sampler_beside_the_model(
         assert result.exit_code == 1 and f"Error: {wrong[0]} must" in result.output
 
 
+def test_the_command_adds_a_sampler_to_a_published_folder(
+    pipe: CtrlCscPipeline, image_folder: Path, tmp_path: Path
+) -> None:
+    export(pipe.model, tmp_path)
+    result = CliRunner().invoke(app, ["fit-sampler", "--model", str(tmp_path), "--dataset_name", str(image_folder)])
+    assert result.exit_code == 0, result.output
+    loaded = DiffusionPipeline.from_pretrained(tmp_path, trust_remote_code=True)
+    assert loaded.sampler.labels.tolist() == [0, 1] and len(loaded.sample(2, label="class1")) == 2
+
+
 # ---- nearest training images
 
 

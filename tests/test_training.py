@@ -363,6 +363,13 @@ def test_what_was_learnt_before_the_game_is_kept_and_gone_on_from(
         assert torch.equal(first[name], second[name]), name
 
 
+def test_the_precision_that_the_launcher_was_told_is_recorded(train: Train, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    folder = train("--max_train_steps", "2")
+    for path in (folder, folder / "checkpoint-2"):
+        assert json.loads((path / "training_args.json").read_text(encoding="utf-8"))["mixed_precision"] == "bf16"
+
+
 def test_gradient_accumulation_is_refused_with_the_reason(train: Train, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "2")
     with pytest.raises(
@@ -550,6 +557,30 @@ def test_a_preset_with_an_unknown_entry_is_refused(section: str, entry: str, tmp
         parse_settings(["--config", str(preset), "--dataset_name", "x"])
 
 
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("model: [", "must be a YAML file, but cannot be read as one: while parsing"),
+        ("training: [1]", r"sections must hold entries of the form 'name: value', got {'training': \[1\]}"),
+        ("training: {max_train_steps: }", "max_train_steps must be of the type int, got None"),
+        ("training: {max_train_steps: abc}", "max_train_steps must be of the type int, got 'abc'"),
+        ("training: {checkpoints_total_limit: 1.5}", "must be of the type int or NoneType, got 1.5"),
+        ("model: {image_size: }", "image_size.*got NoneType"),
+    ],
+)
+def test_what_is_wrong_in_a_preset_is_one_line_with_the_files_name(text: str, message: str, tmp_path: Path) -> None:
+    from settings import parse_settings
+
+    preset = tmp_path / "wrong.yaml"
+    preset.write_text(text, encoding="utf-8")
+    with pytest.raises(ValueError, match=rf"^.*wrong\.yaml.*{message}") as caught:
+        parse_settings(["--config", str(preset), "--dataset_name", "x"])
+    assert "\n" not in str(caught.value)
+    preset.write_text("training: {ema_decay: 1e-4, seed: 3, checkpoints_total_limit: }", encoding="utf-8")
+    settings, _ = parse_settings(["--config", str(preset), "--dataset_name", "x"])
+    assert (settings.ema_decay, settings.seed, settings.checkpoints_total_limit) == (1e-4, 3, None)
+
+
 def test_a_run_that_starts_from_a_checkpoint_takes_its_sizes_and_weights(train: Train, tiny_preset: Path) -> None:
     first = train(output="first")
     larger = (
@@ -566,6 +597,27 @@ def test_a_run_that_starts_from_a_checkpoint_takes_its_sizes_and_weights(train: 
     before, after = (load_file(folder / "model.safetensors") for folder in (first, second))
     name = "encoder.last_stage.dictionary"
     torch.testing.assert_close(before[name], after[name], atol=1e-3, rtol=0)
+
+
+def test_a_run_that_starts_from_a_model_holds_out_the_same_images_of_the_same_data_set(
+    train: Train, image_folder: Path, tmp_path: Path
+) -> None:
+    first = train("--max_train_steps", "2", output="first")
+    short = ("--max_train_steps", "1")
+    for start in (first, first / "checkpoint-2"):
+        flags = ("--pretrained_model_name_or_path", str(start), *short)
+        for changed, remedy in (
+            (("--seed", "1"), "--seed 0"),
+            (("--num_validation_images", "4"), "--num_validation_images 16"),
+            (("--streaming", "true", "--seed", "2"), "--streaming False, --seed 0"),
+        ):
+            with pytest.raises(ValueError, match=rf"held-out images must be those of .*first.*\) {remedy}$"):
+                train(*flags, *changed, output="second")
+    others = shutil.copytree(image_folder, tmp_path / "others")
+    for path in others.glob("train/class0/*.png"):
+        Image.new("RGB", (20, 16), "red").save(path)
+    train(*flags, output="second")
+    train(*flags, "--seed", "1", output="third", data=others)
 
 
 @pytest.mark.parametrize("name", preset_names())

@@ -45,6 +45,7 @@ Augmentation = Literal["none", "flip", "crop_and_flip"]
 HELD_OUT_SPLITS = ("validation", "valid", "val", "dev", "test")  # of train.py, in this order, where none is named
 AUGMENTATIONS = ("none", "flip", "crop_and_flip")
 RESAMPLE = CtrlCscImageProcessor.resample
+HELD_OUT_OF = 10  # images, one at most is held out
 IDENTIFYING = 128  # images, at most, that with their labels tell a data set from others
 PLACES = 16  # where these are read in a stream
 CROP_AREA = (0.5, 1.0)
@@ -192,6 +193,28 @@ def identify(
     return identity
 
 
+def identify_as_trained(source: ImageSource, trained_with: dict[str, Any]) -> tuple[dict[str, Any], str]:
+    """`identify`, if the source is divided as an earlier run divided its images, and the split of the held-out part.
+
+    Args:
+        source: with the training split, the streaming and the column of labels that the run had.
+        trained_with: what train.py wrote about the run.
+
+    Raises:
+        ValueError: see `load_splits`.
+    """
+    training, held_out, split = load_splits(
+        source,
+        trained_with["validation_split"],
+        trained_with["num_validation_images"],
+        seed=trained_with["seed"],
+        preferred=HELD_OUT_SPLITS,
+    )
+    return identify(
+        training, held_out, *find_columns(training.features, source.image_column, source.label_column)
+    ), split
+
+
 def _identifying_rows(images: ImageDataset) -> Iterator[dict[str, Any]]:
     if isinstance(images, datasets.Dataset):
         yield from (row for _, row in islice(draw_rows(images, IDENTIFYING, seed=0), IDENTIFYING))
@@ -294,7 +317,7 @@ def hold_out(
         def visit(row: dict[str, Any]) -> None:
             contents[row.get(label_column)].add(content("", row))
 
-        rows, size = reservoir(dataset, count, seed, visit)
+        rows, size = reservoir(dataset, count, seed, visit, at_least=HELD_OUT_OF * count)
     else:
 
         def content(key: str, _: dict[str, Any]) -> Any:
@@ -303,7 +326,7 @@ def hold_out(
         rows, size = draw_rows(dataset, count, seed), len(dataset)
         for index, label in enumerate(dataset[label_column] if label_column else [None] * size):
             contents[label].add(index)
-    allowed = min(count, max(1, size // 10))
+    allowed = min(count, max(1, size // HELD_OUT_OF))
     held: list[tuple[str, dict[str, Any]]] = []
     for key, row in rows:
         if len(held) == allowed:
@@ -336,8 +359,9 @@ def _is_not_in(encoded: dict[str, Any], digests: frozenset[bytes]) -> bool:
 
 
 def _digest(encoded: dict[str, Any] | None) -> bytes:
-    encoded = encoded or {}
-    data = encoded.get("bytes") or (encoded.get("path") or "").encode()
+    data = ((encoded or {}).get("path") or "").encode()
+    with suppress(Exception):  # what cannot be read is told by its path
+        data = image_bytes(encoded)
     return hashlib.blake2b(data, digest_size=16).digest()
 
 

@@ -40,7 +40,7 @@ from data import (
     ImageSource,
     decode,
     find_held_out_split,
-    identify,
+    identify_as_trained,
     load_images,
     load_splits,
     number_classes,
@@ -48,8 +48,7 @@ from data import (
     to_pixel_values,
 )
 from ema import GRID_IMAGES
-from huggingface_hub import hf_hub_download
-from run import SETTINGS, figure_records, one_line_errors, readable, save_grid
+from run import figure_records, one_line_errors, readable, save_grid, training_settings
 from settings import hub_id, option
 from stream import ImageLoader, ImageStream
 from torch import Tensor
@@ -101,7 +100,11 @@ class EvaluationSettings:
     dataset_config_name: str | None = option(None, "Name of the data set configuration.")
     train_data_dir: str | None = option(None, "A local folder of images, or of Parquet files.")
     hub_dataset_id: str | None = option(None, "Hub id of the data set that a local folder is a copy of.")
-    train_split: str = option("train", "Split that PCA, the mean image and the probes are fitted on.")
+    train_split: str | None = option(
+        None,
+        "Split that PCA, the mean image and the probes are fitted on; by default the one that the model was trained "
+        "on, the only one allowed of the model's own data set, or else train.",
+    )
     split: str | None = option(
         None,
         "Split to measure on; by default a test or validation split, or else the images of the training split that "
@@ -170,7 +173,7 @@ class Images:
     classes: values of the labels, in order; labels: (n,), places among these; probed: training images and their labels,
         in the same form. None where there is no probe.
     held_out: whether the test images are of the data set that the model was trained on, and no training images.
-    recorded: whether a card can tell the data set: the one of the training, or one with an id of its own on the Hub.
+    recorded: whether they are held out, or of another data set with an id of its own on the Hub: a card tells these.
     """
 
     test: Tensor
@@ -200,8 +203,9 @@ def main(settings: EvaluationSettings) -> dict[str, dict[str, Any]]:
     if settings.is_beside_model and not images.recorded:
         output_dir /= "evaluation"
         print(
-            "This is not known to be the data set that the model was trained on, and it has no other id on the Hub "
-            "(--hub_dataset_id) by which the model's card could name it: the model's metrics.json stays as it is"
+            "These images are not known to be held-out ones of the data set that the model was trained on, and it has "
+            "no other id on the Hub (--hub_dataset_id) by which the model's card could name it: the model's "
+            "metrics.json stays as it is"
         )
     digest = digest_of(models[MODEL])
     earlier_metrics(output_dir / "metrics.json", digest)  # before hours of measuring
@@ -257,18 +261,6 @@ def digest_of(model: CtrlCscModel) -> str:
     return digest.hexdigest()
 
 
-def training_settings(model: str) -> dict[str, Any]:
-    """What train.py wrote about the model's training; empty where nothing is known."""
-    path = Path(model, SETTINGS)
-    if not Path(model).exists():
-        with suppress(OSError, ValueError):  # there is none
-            path = Path(hf_hub_download(model, SETTINGS))
-    if not path.exists():
-        return {}
-    with readable(path, "remove it, and the model is measured without what is known of its training"):
-        return read_object(path)
-
-
 def is_training_data(settings: EvaluationSettings, trained_with: dict[str, Any]) -> bool:
     """Whether the data set is called that of the model's training: by its Hub id, or by its local folder."""
     if settings.dataset_config_name not in (None, trained_with.get("dataset_config_name")):
@@ -295,17 +287,9 @@ def are_same_images(source: ImageSource, trained_with: dict[str, Any], split: st
     if known is None:
         return split != source.split
     try:
-        training, held_out, held_out_split = load_splits(
-            source,
-            trained_with["validation_split"],
-            trained_with["num_validation_images"],
-            seed=trained_with["seed"],
-            preferred=HELD_OUT_SPLITS,
-        )
+        found, held_out_split = identify_as_trained(source, trained_with)
     except ValueError:  # it has no such split
         return False
-    columns = find_columns(training.features, source.image_column, source.label_column)
-    found = identify(training, held_out, *columns)
     kind = "held-out" if split == held_out_split else "training"
     return all(found.get(name) == value for name, value in known.items() if kind in name)
 
@@ -314,15 +298,21 @@ def load_data(settings: EvaluationSettings, image_size: int) -> Images:
     """Images to measure on, and all others of the training split."""
     trained_with = training_settings(settings.model)
     of_training_data = is_training_data(settings, trained_with)
-    recorded = of_training_data or settings.hub_dataset_id not in (None, trained_with.get("hub_dataset_id"))
+    has_other_id = settings.hub_dataset_id not in (None, trained_with.get("hub_dataset_id"))
     if not of_training_data:
         trained_with = {}
+    train_split = trained_with.get("train_split", settings.train_split or "train")
+    if settings.train_split not in (None, train_split):
+        raise ValueError(
+            f"train_split must be {train_split!r}, as the model was trained on it, or be left out, got "
+            f"{settings.train_split!r}"
+        )
     # Of the data set that the model was trained on, the same settings as train.py's hold out the same images.
     source = ImageSource(
         dataset_name=settings.dataset_name,
         dataset_config_name=settings.dataset_config_name or trained_with.get("dataset_config_name"),
         train_data_dir=settings.train_data_dir,
-        split=trained_with.get("train_split", settings.train_split),
+        split=train_split,
         streaming=trained_with.get("streaming", settings.dataset_name is not None),
         image_column=settings.image_column or trained_with.get("image_column"),
         label_column=settings.label_column,
@@ -342,7 +332,7 @@ def load_data(settings: EvaluationSettings, image_size: int) -> Images:
         if of_training_data and not held_out:
             logger.warning("The model was trained on all images of the split %r, also on those measured here", split)
     if held_out and not are_same_images(class_source, trained_with, split):
-        held_out = recorded = False
+        held_out = False
         logger.warning(
             "The images of the split %r may be training images, as this is another copy of the data set than the model "
             "was trained on, or the model does not tell: give the same copy, or --split of images that it has not seen",
@@ -372,6 +362,7 @@ def load_data(settings: EvaluationSettings, image_size: int) -> Images:
             probed = probed_pixels, probed_classes
         except ValueError as error:
             logger.warning("%s, so there is no probe", error)
+    recorded = held_out if of_training_data else has_other_id
     return Images(pixels, split, training, image_column, classes, numbered, probed, held_out, recorded)
 
 
@@ -564,7 +555,7 @@ def draw(
     z = ours.encode(x)
     neighbours, cosines = nearest_training_images(ours, z, images, image_size, device)
     table = torch.cat([x[:, None], ours.decode(z)[:, None], neighbours], dim=1)
-    names = ["image", "reconstruction", *(f"nearest {index + 1}" for index in range(NEIGHBOURS))]
+    names = ["image", "reconstruction", *(f"nearest {index + 1}" for index in range(cosines.shape[1]))]
     captions = [["", "", *(f"cos {cosine:.2f}" for cosine in row)] for row in cosines.tolist()]
     image_table(
         table.cpu(), row_labels=[str(index) for index in range(len(x))], column_labels=names, image_labels=captions
@@ -582,7 +573,10 @@ def draw(
 def nearest_training_images(
     ours: Autoencoder, z: Tensor, images: Images, image_size: int, device: torch.device
 ) -> tuple[Tensor, Tensor]:
-    """For latents (n, d), the training images with the nearest latents (n, NEIGHBOURS, 3, s, s), and their cosines."""
+    """For latents (n, d), the training images with the nearest latents (n, k, 3, s, s), and their cosines (n, k).
+
+    k is `NEIGHBOURS`, or the number of training images if there are fewer.
+    """
     cosines = z.new_full((len(z), 0), 0)
     nearest = z.new_zeros(len(z), 0, 3, image_size, image_size)
     for x in training_batches(images, image_size, device):

@@ -8,7 +8,7 @@ import shutil
 import signal
 import sys
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from textwrap import shorten
@@ -19,6 +19,7 @@ from accelerate import Accelerator, PartialState
 from accelerate.utils import gather_object
 from datasets.exceptions import DatasetsError
 from ema import GRID_IMAGES, AverageOfWeights
+from huggingface_hub import hf_hub_download
 from safetensors.torch import load_file, save_file
 from settings import FIXED, WITHOUT_INFLUENCE, TrainingSettings
 from stream import ImageLoader, Place
@@ -30,7 +31,7 @@ from ctrl_csc_hf import CtrlCscImageProcessor, CtrlCscModel, records
 from ctrl_csc_hf.distributed import sum_over_processes
 from ctrl_csc_hf.metrics import peak_signal_to_noise_ratio
 from ctrl_csc_hf.records import read_object
-from ctrl_csc_hf.repository_ctrl_csc import remove_other_model
+from ctrl_csc_hf.repository_ctrl_csc import replacing_model
 from ctrl_csc_hf.visualization import reconstruction_grid, training_curves
 
 logger = logging.getLogger(__name__)
@@ -131,7 +132,7 @@ class TrainingState:
             "averaged": self.average.steps if self.average else None,
         }
         _write_json(folder / NUMBERS, numbers)
-        _write_json(folder / SETTINGS, asdict(self.settings))
+        _write_json(folder / SETTINGS, asdict(self.settings) | {"images": self.images})
 
     def load(self, folder: Path) -> None:
         """What `save` wrote, but the model, which was built from the folder already; checks settings and images.
@@ -340,6 +341,18 @@ def find_checkpoint(output_dir: Path, wanted: str) -> Path:
     return found[-1]
 
 
+def training_settings(model: str) -> dict[str, Any]:
+    """What train.py wrote about the model's training; empty where nothing is known."""
+    path = Path(model, SETTINGS)
+    if not Path(model).exists():
+        with suppress(OSError, ValueError):  # there is none
+            path = Path(hf_hub_download(model, SETTINGS))
+    if not path.exists():
+        return {}
+    with readable(path, "remove it, and the model is measured without what is known of its training"):
+        return read_object(path)
+
+
 @contextmanager
 def one_line_errors() -> Iterator[None]:
     """Ends a program with one line where Ctrl-C stopped it, or where something that it was given is wrong."""
@@ -377,18 +390,13 @@ def save_model(
         model: to be saved.
         held_out: images (n, C, H, W) of the data set's `split`.
         mean_image: of training images (C, H, W): a model whose reconstructions are no closer has learned nothing.
+
+    Raises:
+        OSError: if it cannot be written; what the folder holds of an earlier model is as it was.
     """
-    samples = {sample_path(output_dir, record["step"]) for record in state.history.records}
-    remove_other_model(output_dir, model, keep=samples)  # such as the sampler of the model before it was resumed
-    model.save_pretrained(output_dir)
     shown = held_out[:GRID_IMAGES]
     reconstructions = model(shown.to(model.device), return_dict=True).reconstruction.cpu()
-    save_grid(output_dir / "reconstructions.png", shown, reconstructions)
     processor = CtrlCscImageProcessor(image_size=model.config.image_size)
-    (output_dir / "examples").mkdir(exist_ok=True)
-    for index, image in enumerate(processor.postprocess(shown[:EXAMPLES])):
-        image.save(output_dir / "examples" / f"{index}.png")
-    processor.save_pretrained(output_dir)
     history, settings = state.history, state.settings
     last = next(r for r in reversed(history.records) if "held_out_psnr" in r)
     figures = {name.removeprefix("held_out_"): value for name, value in last.items() if name.startswith("held_out_")}
@@ -406,11 +414,19 @@ def save_model(
         "unreadable_images": history.unreadable,
         "figures": figure_records(figures, **measured, measured_by="training/train.py"),
     }
-    _write_json(output_dir / "metrics.json", metrics)
     record = {"changed_on_resume": history.changes, "images": state.images}
-    _write_json(output_dir / SETTINGS, asdict(settings) | record)
-    (output_dir / "history.json").write_text(json.dumps(history.records) + "\n", encoding="utf-8")
-    training_curves(history.records).savefig(output_dir / "training_curve.png", dpi=120)
+    samples = {sample_path(output_dir, record["step"]) for record in history.records}
+    with replacing_model(output_dir, model, keep=samples) as folder:
+        model.save_pretrained(folder)
+        processor.save_pretrained(folder)
+        save_grid(folder / "reconstructions.png", shown, reconstructions)
+        (folder / "examples").mkdir()
+        for index, image in enumerate(processor.postprocess(shown[:EXAMPLES])):
+            image.save(folder / "examples" / f"{index}.png")
+        _write_json(folder / "metrics.json", metrics)
+        _write_json(folder / SETTINGS, asdict(settings) | record)
+        (folder / "history.json").write_text(json.dumps(history.records) + "\n", encoding="utf-8")
+        training_curves(history.records).savefig(folder / "training_curve.png", dpi=120)
 
 
 def figure_records(figures: dict[str, float], **measured: Any) -> list[dict[str, Any]]:

@@ -1,9 +1,10 @@
 """Settings of a training run: one dataclass, filled from a YAML preset and from flags, which override it."""
 
 import argparse
+from contextlib import suppress
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
 from baselines import ConvolutionalConfig, SquaredErrorLoop
 from transformers import HfArgumentParser
@@ -251,6 +252,12 @@ def parse_settings(arguments: list[str] | None = None) -> tuple[TrainingSettings
         unknown = set(preset[section]) - allowed
         if unknown:
             raise ValueError(f"{chosen.config}: {section} must hold {sorted(allowed)}, got {sorted(unknown)}")
+    for name, value in preset["training"].items():
+        hint = get_type_hints(TrainingSettings)[name]
+        types = get_args(hint) or (hint,)
+        if not _is_of(value, types):
+            names = " or ".join(kind.__name__ for kind in types)
+            raise ValueError(f"{chosen.config}: {name} must be of the type {names}, got {value!r}")
     of_data = {name: value for name, value in preset["training"].items() if name in OF_THE_DATA_SET}
     parser.set_defaults(**{name: value for name, value in preset["training"].items() if name not in of_data})
     namespace = vars(parser.parse_args(rest))
@@ -264,4 +271,15 @@ def parse_settings(arguments: list[str] | None = None) -> tuple[TrainingSettings
     if settings.resolution not in (None, model.get("image_size")):
         model = {name: value for name, value in model.items() if name not in STAGES}
         model["image_size"] = settings.resolution
-    return settings, ENCODERS[settings.encoder](**model)
+    try:
+        return settings, ENCODERS[settings.encoder](**model)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"the model of {chosen.config}: {' '.join(str(error).split())}") from error
+
+
+def _is_of(value: Any, types: tuple[type, ...]) -> bool:
+    """Whether a value of a YAML file is of one of the types; YAML has some numbers, such as 1e-4, as strings."""
+    if isinstance(value, str) and str not in types:
+        with suppress(ValueError):
+            value = float(value)
+    return type(value) in types or (float in types and type(value) is int)

@@ -11,7 +11,7 @@ import logging
 import os
 import sys
 from collections.abc import Callable
-from dataclasses import asdict, fields
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,15 @@ from accelerate import Accelerator
 from accelerate.utils import ProjectConfiguration, set_seed
 from augmentation import augment
 from collapse import COLLAPSED, CollapseWatch, largest_rate
-from data import HELD_OUT_SPLITS, ImageSource, identify, load_splits, take_images, to_pixel_values
+from data import (
+    HELD_OUT_SPLITS,
+    ImageSource,
+    identify,
+    identify_as_trained,
+    load_splits,
+    take_images,
+    to_pixel_values,
+)
 from ema import CALIBRATION_IMAGES, AverageOfWeights, evaluated_model, held_out_figures, recompute_statistics
 from huggingface_hub import HfApi
 from run import (
@@ -36,6 +44,7 @@ from run import (
     save_checkpoint,
     save_grid,
     save_model,
+    training_settings,
 )
 from settings import LOOPS, PRECISIONS, TrainingSettings, parse_settings
 from steps import REFINED_STEPS, StepFigures, make_adam, set_learning_rate
@@ -76,6 +85,7 @@ def main(settings: TrainingSettings, config: CtrlCscConfig) -> Path:
         )
     if accelerator.mixed_precision not in PRECISIONS:
         raise ValueError(f"mixed_precision must be one of {PRECISIONS}, got {accelerator.mixed_precision!r}")
+    settings.mixed_precision = accelerator.mixed_precision  # for the record, where the launcher has said it
     if accelerator.gradient_accumulation_steps > 1:
         raise ValueError(
             f"gradient_accumulation_steps must be 1, got {accelerator.gradient_accumulation_steps}: neither coding "
@@ -365,6 +375,8 @@ def load_data(
         config.id2label = dict(enumerate(names))
         config.label2id = {name: index for index, name in enumerate(names)}
     identity = identify(images, held_out_images, image_column, label_column)
+    if settings.pretrained_model_name_or_path:
+        check_held_out_images(settings, source, split, identity)
     if settings.objective != "multi":
         label_column = None
     form = {"image_column": image_column, "image_size": config.image_size}
@@ -392,6 +404,42 @@ def load_data(
                 stream.num_classes,
             )
     return stream, held_out, split, calibration, identity
+
+
+def check_held_out_images(
+    settings: TrainingSettings, source: ImageSource, split: str, identity: dict[str, Any]
+) -> None:
+    """Refuses to go on from a model on the same images with other held-out ones: each run would train on the other's.
+
+    Args:
+        source: of the training images.
+        split: of the held-out images.
+        identity: `identify` of both.
+
+    Raises:
+        ValueError: with the settings that hold out the same images.
+    """
+    name = settings.pretrained_model_name_or_path
+    trained_with = training_settings(name)
+    known = trained_with.get("images", {})  # which older code has not recorded
+    if all(identity.get(kind) == value for kind, value in known.items() if "held-out" in kind):
+        return
+    earlier = {key: trained_with[key] for key in ("train_split", "streaming", "label_column")}
+    earlier_source = replace(
+        source, split=earlier["train_split"], streaming=earlier["streaming"], label_column=earlier["label_column"]
+    )
+    try:
+        found, earlier_split = identify_as_trained(earlier_source, trained_with)
+    except ValueError:  # this data set has no such split
+        return
+    if found == known and not split == earlier_split != earlier["train_split"]:  # all of another split are held out
+        dividing = (*earlier, "validation_split", "num_validation_images", "seed")
+        changed = {key: trained_with[key] for key in dividing if trained_with[key] != getattr(settings, key)}
+        raise ValueError(
+            f"the held-out images must be those of {name}, which was trained on this data set: its held-out images "
+            "would be trained on, or images that it was trained on held out; give (None: leave out) "
+            + ", ".join(f"--{key} {value}" for key, value in changed.items())
+        )
 
 
 if __name__ == "__main__":

@@ -10,13 +10,15 @@ import inspect
 import json
 import logging
 import shutil
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
 from huggingface_hub import snapshot_download
+from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModel, PreTrainedModel
 from transformers.dynamic_module_utils import get_relative_import_files
 from transformers.image_processing_utils import BaseImageProcessor
@@ -27,6 +29,7 @@ from transformers.models.auto.image_processing_auto import AutoImageProcessor
 logger = logging.getLogger(__name__)
 
 SAMPLER = "sampler"  # folder of the optional component
+INDEX = "model_index.json"
 MODEL_AUTO_MAP = {
     "AutoConfig": "model/configuration_ctrl_csc.CtrlCscConfig",
     "AutoModel": "model/modeling_ctrl_csc.CtrlCscModel",
@@ -110,40 +113,66 @@ def save_repository(
 
     Raises:
         ValueError: if `folder` is a file.
+        OSError: if a file cannot be written; the folder is as it was.
     """
     folder = Path(folder)
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"folder must be a folder or not exist, got {folder}")
     folder.mkdir(parents=True, exist_ok=True)
-    remove_other_model(folder, model)
-    with TemporaryDirectory() as scratch:  # transformers writes the code of remote classes beside, too
+    with replacing_model(folder, model) as scratch:
         model.save_pretrained(scratch, **weights)
         image_processor.save_pretrained(scratch)
+        for path in scratch.glob("*.py"):  # transformers writes the code of remote classes beside, too
+            path.unlink()
+        _add_to_json(scratch / "config.json", {"auto_map": MODEL_AUTO_MAP})
+        _add_to_json(scratch / "preprocessor_config.json", {"auto_map": IMAGE_PROCESSOR_AUTO_MAP})
+        (scratch / INDEX).write_text(json.dumps(MODEL_INDEX, indent=2) + "\n", encoding="utf-8")
+        this = Path(__file__)
+        modules: dict[str, list[Any]] = {
+            ".": [this.with_name("pipeline_ctrl_csc.py")],
+            "model": [inspect.getfile(type(model)), this],
+            "image_processor": [inspect.getfile(type(image_processor)), this],
+        }
+        for subfolder, files in modules.items():
+            (scratch / subfolder).mkdir(exist_ok=True)
+            for file in files:
+                for source in (file, *get_relative_import_files(file)):
+                    shutil.copyfile(source, scratch / subfolder / Path(source).name)
+        if sampler is not None:
+            save_sampler(scratch, sampler)
+    if sampler is None:
+        _remove_sampler(folder)
+
+
+def save_sampler(folder: Path, sampler: Any) -> None:
+    """Writes a sampler into a model's folder; where that is a repository, with its code and its entry of the index."""
+    sampler.save_pretrained(folder / SAMPLER)
+    if (folder / INDEX).is_file():
+        shutil.copyfile(inspect.getfile(type(sampler)), folder / SAMPLER / "sampling_ctrl_csc.py")
+        _add_to_json(folder / INDEX, SAMPLER_INDEX)
+
+
+@contextmanager
+def replacing_model(folder: Path, model: PreTrainedModel, keep: Collection[Path] = ()) -> Iterator[Path]:
+    """A folder to write a model and its records into. At the end its files replace those of `folder`.
+
+    Then weights are removed from `folder`, and what it holds of another model but `keep`, see `remove_other_model`.
+
+    Raises:
+        OSError: if a file cannot be written; `folder` is as it was.
+    """
+    with TemporaryDirectory(dir=folder, prefix=".unfinished-") as scratch:
+        try:
+            yield Path(scratch)
+        except (OSError, SafetensorError) as error:
+            raise OSError(f"{folder} cannot be written and is as it was: {error}") from error
+        remove_other_model(folder, model, keep)
         for old in folder.glob("model*.safetensors*"):  # perhaps of another number of files
             old.unlink()
-        for path in (*Path(scratch).glob("*.json"), *Path(scratch).glob("*.safetensors")):
-            shutil.move(path, folder / path.name)
-    _add_to_json(folder / "config.json", {"auto_map": MODEL_AUTO_MAP})
-    _add_to_json(folder / "preprocessor_config.json", {"auto_map": IMAGE_PROCESSOR_AUTO_MAP})
-    index = MODEL_INDEX
-    if sampler is not None:
-        index = MODEL_INDEX | SAMPLER_INDEX
-        sampler.save_pretrained(folder / SAMPLER)
-        shutil.copyfile(inspect.getfile(type(sampler)), folder / SAMPLER / "sampling_ctrl_csc.py")
-    else:
-        _remove_sampler(folder)
-    (folder / "model_index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
-    this = Path(__file__)
-    modules: dict[str, list[Any]] = {
-        ".": [this.with_name("pipeline_ctrl_csc.py")],
-        "model": [inspect.getfile(type(model)), this],
-        "image_processor": [inspect.getfile(type(image_processor)), this],
-    }
-    for subfolder, files in modules.items():
-        (folder / subfolder).mkdir(exist_ok=True)
-        for file in files:
-            for source in (file, *get_relative_import_files(file)):
-                shutil.copyfile(source, folder / subfolder / Path(source).name)
+        for path in [path for path in Path(scratch).rglob("*") if path.is_file()]:
+            target = folder / path.relative_to(scratch)
+            target.parent.mkdir(exist_ok=True)
+            path.replace(target)
 
 
 def remove_other_model(folder: Path, model: PreTrainedModel, keep: Collection[Path] = ()) -> None:

@@ -127,7 +127,7 @@ class ClosedLoopObjective:
     ) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor]]:
         options = {"distortion": self.distortion}
         if num_processes() > 1:
-            on_device = labels.to(latents.device)
+            on_device = labels.to(latents.device, torch.int64)
             counts = sum_over_processes(torch.bincount(on_device, minlength=classes))
             if classes * latents.shape[1] <= counts.sum():
                 sets = [class_moments(features, labels, classes) for features in (latents, reconstructed)]

@@ -45,6 +45,8 @@ SPLIT_FOLDERS = {
     "test": "test", "testing": "test",
 }  # fmt: skip
 TABLES = (".parquet", ".arrow", ".tar")  # files of many images each
+ARCHIVES = (".zip", ".gz", ".tgz", ".bz2", ".xz", ".zst", ".lz4", ".7z", ".rar")  # unpacked by `datasets`
+UNREAD = (".avif", ".avifs", ".heic", ".heif", ".jxl", ".qoi", ".mpo")  # images that `datasets` passes over
 
 
 @dataclass(frozen=True)
@@ -77,14 +79,21 @@ def find_data(name: str) -> dict[str, Any]:
     Raises:
         OSError: for a folder without data.
         ValueError: for what `datasets` would pass over or read twice: a link to a folder or to nothing, a file of many
-            images whose name puts it into no split or into several, and a metadata file that lies above the folders of
+            images whose name puts it into no split or into several, image files beside files of many images or beside
+            archives, image files of a format that it does not know, and a metadata file that lies above the folders of
             splits, or images beside those of a metadata file.
     """
     root = Path(name)
     if not root.is_dir():
         return {"path": name}
     escaped = glob.escape(str(root.resolve()))
-    images, tables, metadata = ([], [], []) if _names_its_files(root / "README.md") else _files_in(root)
+    images, tables, metadata, others = ([], [], [], []) if _names_its_files(root / "README.md") else _files_in(root)
+    if images and (mixed := tables + others):
+        raise ValueError(
+            f"{name} must hold either image files of formats that `datasets` reads or files of many images, got "
+            f"{len(images)} image files, such as {images[0]}, and {len(mixed)} others, such as {mixed[0]}, which would "
+            "be read in their place, in addition or not at all: convert or unpack these files, or move one kind away"
+        )
     if tables or not images:
         is_literal = escaped == str(root.resolve())
         if is_literal and not tables:
@@ -126,11 +135,13 @@ def find_data(name: str) -> dict[str, Any]:
     return {"path": name, "data_files": data_files, "drop_labels": not labelled}
 
 
-def _files_in(root: Path) -> tuple[list[Path], list[Path], list[Path]]:
-    """Image files below a folder, `TABLES` and metadata files, relative to it, without hidden ones."""
+def _files_in(root: Path) -> tuple[list[Path], list[Path], list[Path], list[Path]]:
+    """Image files below a folder, `TABLES`, metadata files, and archives or images of formats that `datasets` does not
+    know, relative to it, without hidden ones."""
     images: list[Path] = []
     tables: list[Path] = []
     metadata: list[Path] = []
+    others: list[Path] = []
     for folder, folders, files in os.walk(root):
         folders[:] = [name for name in folders if not name.startswith((".", "__"))]
         files = [name for name in files if not name.startswith(".")]
@@ -149,7 +160,9 @@ def _files_in(root: Path) -> tuple[list[Path], list[Path], list[Path]]:
                 metadata.append(path)
             elif suffix in TABLES:
                 tables.append(path)
-    return images, tables, metadata
+            elif suffix in (*ARCHIVES, *UNREAD):
+                others.append(path)
+    return images, tables, metadata, others
 
 
 def _names_its_files(card: Path) -> bool:
@@ -239,9 +252,16 @@ def draw_rows(dataset: ImageDataset, count: int, seed: int) -> Iterator[tuple[st
 
 
 def reservoir(
-    dataset: datasets.IterableDataset, count: int, seed: int, visit: Callable[[Row], None] | None = None
+    dataset: datasets.IterableDataset,
+    count: int,
+    seed: int,
+    visit: Callable[[Row], None] | None = None,
+    at_least: int = 0,
 ) -> tuple[list[tuple[str, Row]], int]:
-    """`draw_rows` of a stream, and the number of rows that it was drawn from; `visit` is called with each of these."""
+    """`draw_rows` of a stream, and the number of rows that it was drawn from, `at_least` so many, if there are.
+
+    `visit` is called with each of these.
+    """
     shards = dataset.reshard()
     generator = np.random.default_rng(seed)
     size = count + count // 10 + SPARE_ROWS
@@ -249,7 +269,7 @@ def reservoir(
     seen = 0
     order = generator.permutation(shards.num_shards).tolist()
     for visited, shard in enumerate(tqdm(order, desc="shards read for a sample")):
-        if visited >= SAMPLED_SHARDS and seen >= SAMPLED_ROWS * size:
+        if visited >= SAMPLED_SHARDS and seen >= max(at_least, SAMPLED_ROWS * size):
             break
         batches = shards.shard(shards.num_shards, shard).iter(ROWS_AT_ONCE)
         for position, row in enumerate(row for batch in batches for row in rows_of(batch)):

@@ -7,6 +7,7 @@ from tempfile import TemporaryDirectory
 
 from huggingface_hub import HfApi
 from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from transformers.image_processing_utils import BaseImageProcessor
 
@@ -16,6 +17,7 @@ from .modeling_ctrl_csc import CtrlCscModel
 from .records import DAMAGED, readable
 from .repository_ctrl_csc import RECORDS, save_repository
 from .repository_ctrl_csc import SAMPLER as SAMPLER
+from .repository_ctrl_csc import save_sampler as save_sampler
 from .sampling import LatentSampler
 from .visualization import architecture_figure
 
@@ -170,7 +172,14 @@ def publication_terms(dataset_id: str | None, license: str | None, private: bool
 def _store_in_half(path: Path) -> None:
     tensors = load_file(path)
     halved = {name: tensor.half() if name.endswith("dictionary") else tensor for name, tensor in tensors.items()}
-    save_file(halved, path, metadata={"format": "pt"})
+    unfinished = path.with_suffix(".unfinished")
+    try:
+        save_file(halved, unfinished, metadata={"format": "pt"})
+        unfinished.replace(path)
+    except SafetensorError as error:
+        raise OSError(f"{path} cannot be written and is as it was: {error}") from error
+    finally:
+        unfinished.unlink(missing_ok=True)
 
 
 def _image_processor(model: CtrlCscModel, checkpoint: Path | None) -> BaseImageProcessor:

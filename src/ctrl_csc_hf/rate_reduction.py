@@ -65,7 +65,7 @@ def class_rate_reduction(features: Tensor, labels: Tensor, num_classes: int, *, 
     """
     _check_features(features, distortion)
     check_precision("features", features, distortion)
-    _check_labels(features, labels, num_classes)
+    labels = _checked_labels(features, labels, num_classes)
     by_class, counts = _group_by_class(features, labels, num_classes)
     rates = _coding_rates(by_class, counts, distortion)
     within = (counts.to(rates.dtype) * rates).sum() / max(len(labels), 1)
@@ -117,7 +117,7 @@ def multiclass_objective_of_pair(
     features: Tensor, reconstructed: Tensor, labels: Tensor, num_classes: int, *, distortion: float = 0.5
 ) -> Tensor:
     """`multiclass_objective`; ValueError for labels outside [0, num_classes)."""
-    _check_labels(features, labels, num_classes)
+    labels = _checked_labels(features, labels, num_classes)
     pairs, counts = _group_by_class(_exact(torch.stack([features, reconstructed], dim=1)), labels, num_classes)
     rows, _, dim = pairs.shape[1:]
     with torch.autocast(features.device.type, enabled=False):
@@ -146,7 +146,7 @@ def second_moments(sets: Tensor) -> Tensor:
 
 def class_moments(features: Tensor, labels: Tensor, num_classes: int) -> Tensor:
     """Z_k^T Z_k of each class k: (n, d), (n,) -> (K, d, d); errors as `class_rate_reduction`."""
-    _check_labels(features, labels, num_classes)
+    labels = _checked_labels(features, labels, num_classes)
     return second_moments(_group_by_class(_exact(features), labels, num_classes)[0])
 
 
@@ -303,12 +303,15 @@ def _check_pair(features: Tensor, reconstructed: Tensor, distortion: float) -> N
     check_precision("reconstructed", reconstructed, distortion)
 
 
-def _check_labels(features: Tensor, labels: Tensor, num_classes: int) -> None:
+def _checked_labels(features: Tensor, labels: Tensor, num_classes: int) -> Tensor:
+    """The labels as int64, of any type of integers or bool."""
     if labels.shape != features.shape[:1]:
         raise ValueError(f"labels must have shape ({features.shape[0]},), got {tuple(labels.shape)}")
     if labels.is_floating_point():
         raise ValueError(f"labels must be integers, got {labels.dtype}")
+    labels = labels.long()
     if len(labels) and not (labels.min() >= 0 and labels.max() < num_classes):
         raise ValueError(
             f"labels must be in [0, {num_classes}), got values from {labels.min().item()} to {labels.max().item()}"
         )
+    return labels

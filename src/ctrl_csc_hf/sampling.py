@@ -117,7 +117,11 @@ class LatentSampler:
         return torch.arange(len(self.weights))
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Writes model.safetensors into the folder, which lies as `sampler` beside the model's weights."""
+        """Writes model.safetensors into the folder, which lies as `sampler` beside the model's weights.
+
+        Raises:
+            OSError: if it cannot be written; an older one is as it was.
+        """
         tensors = {
             "weights": self.weights,
             "means": self.means,
@@ -126,8 +130,16 @@ class LatentSampler:
         }
         if self.labels is not None:
             tensors["labels"] = self.labels
-        Path(folder).mkdir(parents=True, exist_ok=True)
-        save_file(tensors, Path(folder) / WEIGHTS)
+        path = Path(folder) / WEIGHTS
+        path.parent.mkdir(parents=True, exist_ok=True)
+        unfinished = path.with_suffix(".unfinished")
+        try:
+            save_file(tensors, unfinished)
+            unfinished.replace(path)
+        except SafetensorError as error:
+            raise OSError(f"{path} cannot be written and is as it was: {error}") from error
+        finally:
+            unfinished.unlink(missing_ok=True)
 
     @classmethod
     def from_pretrained(cls, folder: str | Path) -> Self:

@@ -35,6 +35,7 @@ class ClassMoments:
             raise ValueError(f"labels must have shape ({len(latents)},), got {tuple(labels.shape)}")
         if labels.is_floating_point():
             raise ValueError(f"labels must be integers, got {labels.dtype}")
+        labels = labels.long()
         if len(labels) and labels.min() < 0:
             raise ValueError(f"labels must not be negative, got {int(labels.min())}")
         latents = latents.detach().double().cpu()
