@@ -55,9 +55,11 @@ class _StrictCtrlCscConfig(PreTrainedConfig):
     kernel_sizes: list[int] | tuple[int, ...] = ()
     strides: list[int] | tuple[int, ...] = ()
     paddings: list[int] | tuple[int, ...] = ()
-    sparsity: float | int = 0.02
+    low_pass: bool = False
+    sparsity: float | int | list[float | int] = 0.02
     ridge: float | int = 0.0
-    num_iterations: int = 8
+    num_iterations: int | list[int] = 8
+    step_size: float = 0.9
     denoising_sparsity: list[list[float | int]] | None = None
     share_dictionaries: bool = True
     decoder_normalization: str = "batch_norm"
@@ -77,9 +79,13 @@ class CtrlCscConfig(_StrictCtrlCscConfig):
             One last stage, linear and with `latent_dim` atoms, follows them. They may be given alone, too.
         kernel_sizes, strides, paddings (`list[int]`, *optional*): of every stage, the last one included, so one entry
             more than `stage_channels`.
-        sparsity (`float`): lambda, the weight of |z|_1 in every sparse-coding stage.
+        low_pass (`bool`): whether the first stage codes what is left of an image without its low pass, the mean under
+            each atom. It travels with the codes, as atoms without penalty: the second stage codes both.
+        sparsity (`float` or `list[float]`): lambda, the weight of |z|_1: of every sparse-coding stage, or of each. Its
+            unit is the standard deviation of the stage's signal.
         ridge (`float`): mu, the weight of |z|^2 / 2.
-        num_iterations (`int`): FISTA steps of every sparse-coding stage.
+        num_iterations (`int` or `list[int]`): FISTA steps of every sparse-coding stage, or of each.
+        step_size (`float`): of FISTA, times |A|^2; less than 4/3.
         denoising_sparsity (`list[list[float]]`, *optional*): pairs [noise_std, lambda], noise levels rising: the lambda
             that `CtrlCscPipeline.denoise` codes with at each level; its `calibrate_denoising` finds them. They change
             nothing else.
@@ -129,15 +135,31 @@ class CtrlCscConfig(_StrictCtrlCscConfig):
     @property
     def stage_shapes(self) -> list[tuple[int, int, int, int, int]]:
         """Of every stage, the last included: signal channels, code channels, kernel size, stride, padding."""
-        channels = [self.num_channels, *self.stage_channels, self.latent_dim]
-        return list(zip(channels, channels[1:], self.kernel_sizes, self.strides, self.paddings, strict=False))
+        signals = [self.num_channels, *self.norm_channels]
+        codes = [*self.stage_channels, self.latent_dim]
+        return list(zip(signals, codes, self.kernel_sizes, self.strides, self.paddings, strict=True))
+
+    @property
+    def norm_channels(self) -> list[int]:
+        """Channels that each sparse-coding stage hands on: its codes, and the first with them the low pass."""
+        first, *others = self.stage_channels
+        return [first + self.num_channels * self.low_pass, *others]
+
+    def of_stages(self, field: str) -> list[Any]:
+        """`sparsity` or `num_iterations` of every sparse-coding stage."""
+        value = getattr(self, field)
+        return list(value) if isinstance(value, list | tuple) else [value] * len(self.stage_channels)
 
     def _check(self) -> None:
-        for field in ("image_size", "num_channels", "latent_dim", "num_iterations"):
+        for field in ("image_size", "num_channels", "latent_dim"):
             _require(getattr(self, field) >= 1, field, getattr(self, field), "a positive integer")
-        for field in ("sparsity", "ridge"):
-            value = getattr(self, field)
-            _require(0 <= value < float("inf"), field, value, "a finite number of at least 0")
+        for field, allowed in (("sparsity", "a finite number of at least 0"), ("num_iterations", "a positive integer")):
+            value, stages = self.of_stages(field), len(self.stage_channels)
+            least = 0 if field == "sparsity" else 1
+            fits = len(value) == stages and all(least <= entry < float("inf") for entry in value)
+            _require(fits, field, getattr(self, field), f"{allowed}, or a list of {stages}, one a sparse-coding stage")
+        _require(0 < self.step_size < 4 / 3, "step_size", self.step_size, "above 0 and below 4/3")
+        _require(0 <= self.ridge < float("inf"), "ridge", self.ridge, "a finite number of at least 0")
         if self.denoising_sparsity is not None:
             pairs = self.denoising_sparsity
             finite = [len(pair) == 2 and 0 < pair[0] < float("inf") and 0 <= pair[1] < float("inf") for pair in pairs]
@@ -157,6 +179,15 @@ class CtrlCscConfig(_StrictCtrlCscConfig):
         for kernel_size, padding in zip(self.kernel_sizes, self.paddings, strict=True):
             allowed = f"at least 0 and less than its kernel size (kernel_sizes={list(self.kernel_sizes)})"
             _require(0 <= padding < kernel_size, "paddings", self.paddings, f"entries {allowed}")
+        if self.low_pass:
+            kernel_size, stride, padding = self.kernel_sizes[0], self.strides[0], self.paddings[0]
+            centred = kernel_size == 2 * padding + stride and self.image_size % stride == 0
+            allowed = (
+                "False for a first stage whose atoms are not centred on their codes: its kernel size must be "
+                f"2 padding + stride, and the stride divide image_size={self.image_size}, got kernel size "
+                f"{kernel_size}, padding {padding} and stride {stride}"
+            )
+            _require(centred, "low_pass", self.low_pass, allowed)
         sizes = self.signal_sizes
         _require(
             min(sizes) >= 1 and sizes[-1] == 1,

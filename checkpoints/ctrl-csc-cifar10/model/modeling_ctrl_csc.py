@@ -23,6 +23,8 @@ from .batch_norm import BatchNorm
 from .configuration_ctrl_csc import CtrlCscConfig
 from .sparse_coding import ConvolutionalDictionary, ConvolutionalSparseCoding, normalize_atoms
 
+DETAIL_DEVIATION = 0.2  # of photographs less their low pass, about: stage signals have a deviation of about 1
+LOW_PASS_GAIN = 3.0  # of the low pass in the second stage's signal: it holds most of an image's energy
 LATENT_OFFSET = 1e-3  # added to a latent's first coordinate before it is scaled to unit length
 SMALLEST_GAMMA = 0.05  # of a batch norm that the decoder inverts
 # Of `from_pretrained`: where a file lies.
@@ -38,6 +40,8 @@ class CtrlCscEncoderOutput(ModelOutput):
     codes: of every sparse-coding stage (n, stage_channels[l], h_l, w_l), non-negative; where asked for.
     energy: (n,), the sparse-coding energies of all stages, the last with lambda = 0, summed and divided by the
         image's pixels; where asked for.
+    normalized_codes: of every stage what its batch norm hands on (n, norm_channels[l], h_l, w_l), the first stage's
+        with the low pass; where asked for.
     """
 
     latents: Tensor = None  # type: ignore[assignment]  # ModelOutput wants a default
@@ -45,6 +49,7 @@ class CtrlCscEncoderOutput(ModelOutput):
     hidden_states: tuple[Tensor, ...] | None = None
     codes: tuple[Tensor, ...] | None = None
     energy: Tensor | None = None
+    normalized_codes: tuple[Tensor, ...] | None = None
 
 
 @dataclass
@@ -164,7 +169,7 @@ class CtrlCscPreTrainedModel(PreTrainedModel):
             nn.init.ones_(module.latent_norm)
         elif isinstance(module, CtrlCscEncoder):
             nn.init.ones_(module.latent_norm)
-            module.reset_running_variances()
+            module.reset_norms()
         else:
             super()._init_weights(module)
 
@@ -192,18 +197,23 @@ def _encode_stage(
     stage: ConvolutionalSparseCoding,
     norm: BatchNorm,
     statistics: tuple[Tensor, Tensor] | None,
+    low: Tensor | None,
     signal: Tensor,
     update_statistics: bool,
 ) -> tuple[Tensor, Tensor]:
     codes = stage.encode(signal)
-    return codes, norm(codes, update_statistics, statistics)
+    carried = codes if low is None else torch.cat([codes, low.to(codes.dtype)], dim=1)
+    return codes, norm(carried, update_statistics, statistics)
 
 
 def _decode_stage(
     stage: ConvolutionalDictionary, norm: BatchNorm, size: int, inverse: bool, signal: Tensor, update_statistics: bool
-) -> tuple[Tensor, Tensor]:
-    codes = F.relu(norm.inverse(signal) if inverse else norm(signal, update_statistics))
-    return codes, stage.synthesize(codes, (size, size))
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    carried = norm.inverse(signal) if inverse else norm(signal, update_statistics)
+    width = len(stage.dictionary)
+    low = carried[:, width:] if carried.shape[1] > width else None
+    codes = F.relu(carried[:, :width])
+    return codes, stage.synthesize(codes, (size, size)), low
 
 
 def _unit_vectors(vectors: Tensor) -> tuple[Tensor, Tensor]:
@@ -238,30 +248,36 @@ class CtrlCscEncoder(CtrlCscPreTrainedModel):
         stages = [
             ConvolutionalSparseCoding(
                 *shape,
-                sparsity=config.sparsity,
+                sparsity=sparsity,
                 ridge=config.ridge,
-                num_iterations=config.num_iterations,
+                num_iterations=num_iterations,
+                step_size=config.step_size,
             )
-            for shape in config.stage_shapes[:-1]
+            for shape, sparsity, num_iterations in zip(
+                config.stage_shapes, config.of_stages("sparsity"), config.of_stages("num_iterations"), strict=False
+            )
         ]
         for stage, size in zip(stages, config.signal_sizes, strict=False):
             stage.update_operator_norm((size, size))
         self.stages = nn.ModuleList(stages)
-        self.norms = nn.ModuleList(BatchNorm(width) for width in config.stage_channels)
+        self.norms = nn.ModuleList(BatchNorm(width) for width in config.norm_channels)
         self.last_stage = ConvolutionalDictionary(*config.stage_shapes[-1])
         self.register_buffer("latent_norm", torch.ones(()))
         self.post_init()
 
     @torch.no_grad()
-    def reset_running_variances(self) -> None:
-        """Running variances of a new model: those of codes of white noise, so that no stage falls silent in evaluation.
+    def reset_norms(self) -> None:
+        """Gain of the low pass, and running variances of a new model: those of codes of white noise, so that no stage
+        falls silent in evaluation.
 
         A FISTA step from zero is 0.9 / |A|^2 A*(x), and atoms are unit: codes have a deviation of about 1 / |A|^2. With
         a running variance of 1 each stage's signal would be that much smaller than the last, and soon below lambda.
         """
         for stage, norm in zip(self.stages, self.norms, strict=True):
             if isinstance(stage, ConvolutionalSparseCoding) and not _is_loaded(norm.running_var):
-                norm.running_var.copy_(stage.operator_norm**-4)
+                norm.running_var[: stage.code_channels] = stage.operator_norm**-4
+        if not _is_loaded(self.norms[0].weight):
+            self.norms[0].weight[self.config.stage_channels[0] :] = LOW_PASS_GAIN
 
     @can_return_tuple
     def forward(
@@ -271,6 +287,8 @@ class CtrlCscEncoder(CtrlCscPreTrainedModel):
         output_energy: bool = False,
         update_statistics: bool = True,
         reuse_statistics: bool = False,
+        output_normalized_codes: bool = False,
+        detach_signals: bool = False,
         output_hidden_states: bool | None = None,
     ) -> CtrlCscEncoderOutput:
         """
@@ -282,6 +300,9 @@ class CtrlCscEncoder(CtrlCscPreTrainedModel):
                 norms. Reconstructed images must not.
             reuse_statistics: in training, whether to normalise by the statistics of the batch before, as constants,
                 instead of by those of this one: then f is the same map for both.
+            output_normalized_codes: whether to return the codes after the batch norms, too.
+            detach_signals: whether no gradient passes from a stage to those before it, so that each stage's energy is
+                that of its own dictionary.
             output_hidden_states: whether to return the codes as `hidden_states`; by default as the configuration says.
             return_dict: whether to return a `CtrlCscEncoderOutput` rather than a tuple of what it holds; by default as
                 the configuration says.
@@ -297,17 +318,26 @@ class CtrlCscEncoder(CtrlCscPreTrainedModel):
         self._check_batch("pixel_values", pixel_values)
         output_hidden_states = self._wants_hidden_states(output_hidden_states)
         signal = pixel_values.to(self.dtype)
+        low = None
+        if self.config.low_pass:
+            low = self.stages[0].low_pass(signal)
+            size = (self.config.image_size, self.config.image_size)
+            signal = (signal - self.stages[0].interpolate(low, size)) / DETAIL_DEVIATION
         all_codes: tuple[Tensor, ...] = ()
+        all_normalized: tuple[Tensor, ...] = ()
         energy = signal.new_zeros(signal.shape[0]) if output_energy else None
         for stage, norm in zip(self.stages, self.norms, strict=True):
             statistics = norm.batch_statistics if reuse_statistics and self.training else None
-            run = partial(_encode_stage, stage, norm, statistics)
+            run = partial(_encode_stage, stage, norm, statistics, low)
             codes, next_signal = self._run_stage(run, signal, update_statistics)
+            low = None  # it is the image's
+            if output_normalized_codes:
+                all_normalized += (next_signal,)
             if output_codes or output_hidden_states:
                 all_codes += (codes,)
             if output_energy:
                 energy = energy + stage.energy(signal, codes)
-            signal = next_signal
+            signal = next_signal.detach() if detach_signals else next_signal
         vector = self.last_stage.adjoint(signal)
         if output_energy:
             synthesis = self.last_stage.synthesize(vector, signal.shape[-2:])
@@ -326,6 +356,7 @@ class CtrlCscEncoder(CtrlCscPreTrainedModel):
             hidden_states=all_codes if output_hidden_states else None,
             codes=all_codes if output_codes else None,
             energy=energy / self.config.image_size**2 if output_energy else None,
+            normalized_codes=all_normalized if output_normalized_codes else None,
         )
 
 
@@ -357,7 +388,7 @@ class CtrlCscDecoder(CtrlCscPreTrainedModel):
         super().__init__(config)
         self.gradient_checkpointing = False
         self.stages = nn.ModuleList(ConvolutionalDictionary(*shape) for shape in config.stage_shapes[:-1])
-        self.norms = nn.ModuleList(BatchNorm(width) for width in config.stage_channels)
+        self.norms = nn.ModuleList(BatchNorm(width) for width in config.norm_channels)
         self.last_stage = ConvolutionalDictionary(*config.stage_shapes[-1])
         self.register_buffer("latent_norm", torch.ones(()))
         self.output_scale = nn.Parameter(torch.ones(config.num_channels), requires_grad=config.decoder_affine)
@@ -391,9 +422,11 @@ class CtrlCscDecoder(CtrlCscPreTrainedModel):
         all_codes: tuple[Tensor, ...] = ()
         for stage, norm, size in reversed(list(zip(self.stages, self.norms, sizes, strict=False))):
             run = partial(_decode_stage, stage, norm, size, inverse)
-            codes, signal = self._run_stage(run, signal, update_statistics)
+            codes, signal, low = self._run_stage(run, signal, update_statistics)
             all_codes = (codes, *all_codes)
         pixels = signal * self.output_scale[:, None, None] + self.output_bias[:, None, None]
+        if low is not None:
+            pixels = pixels + self.stages[0].interpolate(low, (sizes[0], sizes[0]))
         return CtrlCscDecoderOutput(
             reconstruction=torch.tanh(pixels),
             hidden_states=all_codes if self._wants_hidden_states(output_hidden_states) else None,

@@ -16,7 +16,7 @@ from torch import Tensor, library, nn
 from torch.autograd.function import once_differentiable
 from torch.nn.grad import conv2d_weight
 
-STEP_FACTOR = 0.9  # of 1 / |A|^2, the largest step for which FISTA converges
+LARGEST_STEP_SIZE = 4 / 3  # of 1 / |A|^2: beyond it FISTA's extrapolation amplifies what it should damp
 POWER_ITERATIONS_PER_CHECK = 8
 MAX_POWER_ITERATIONS = 512
 MAX_PIXEL_CHANNELS = 4
@@ -104,6 +104,16 @@ class ConvolutionalDictionary(nn.Module):
             )
         return self._superpose(codes, self.dictionary, surplus)
 
+    # The low pass of a signal, at the codes' positions. Atoms are centred on theirs where k = 2 padding + stride.
+
+    def low_pass(self, signal: Tensor) -> Tensor:
+        """The mean of the signal under each atom, its border left out: (n, C_signal, H, W) -> (n, C_signal, h, w)."""
+        return F.avg_pool2d(signal, self.kernel_size, self.stride, self.padding, count_include_pad=False)
+
+    def interpolate(self, low: Tensor, output_size: tuple[int, int]) -> Tensor:
+        """A low pass, bilinearly between the codes' positions: (n, C, h, w) -> (n, C, H, W)."""
+        return F.interpolate(low, output_size, mode="bilinear")
+
     # Both maps, with any atoms, as plain convolutions. Those of pixels, with their few channels, are slow; there, each
     # stride x stride block of pixels becomes the channels of one, and the atoms likewise: a convolution of stride 1.
 
@@ -164,8 +174,9 @@ class ConvolutionalSparseCoding(ConvolutionalDictionary):
         signal_channels, code_channels, kernel_size, stride, padding: see `ConvolutionalDictionary`.
         sparsity: lambda, the weight of |z|_1.
         ridge: mu, the weight of |z|^2 / 2.
-        num_iterations: steps of FISTA from zero, each of size 0.9 / |A|^2.
+        num_iterations: steps of FISTA from zero, each of size step_size / |A|^2.
         nonnegative: whether codes are restricted to z >= 0.
+        step_size: of FISTA, times |A|^2. Up to 1 its convergence is proven, up to 4/3 it is stable.
 
     Attributes:
         operator_norm: buffer, the largest singular value of A as an operator on signals of the size in
@@ -191,13 +202,17 @@ class ConvolutionalSparseCoding(ConvolutionalDictionary):
         ridge: float = 0.0,
         num_iterations: int = 2,
         nonnegative: bool = True,
+        step_size: float = 0.9,
     ) -> None:
         _check_problem(sparsity, ridge, num_iterations)
+        if not 0 < step_size < LARGEST_STEP_SIZE:
+            raise ValueError(f"step_size must be above 0 and below 4/3, got {step_size!r}")
         super().__init__(signal_channels, code_channels, kernel_size, stride, padding)
         self.sparsity = sparsity
         self.ridge = ridge
         self.num_iterations = num_iterations
         self.nonnegative = nonnegative
+        self.step_size = step_size
         self.register_buffer("operator_norm", torch.zeros(()))
         self.register_buffer("singular_vector", torch.zeros(1, signal_channels, 0, 0))
         self.register_load_state_dict_pre_hook(_adopt_saved_signal_size)
@@ -205,7 +220,7 @@ class ConvolutionalSparseCoding(ConvolutionalDictionary):
     def extra_repr(self) -> str:
         return (
             f"{super().extra_repr()}, sparsity={self.sparsity}, ridge={self.ridge}, "
-            f"num_iterations={self.num_iterations}, nonnegative={self.nonnegative}"
+            f"num_iterations={self.num_iterations}, nonnegative={self.nonnegative}, step_size={self.step_size}"
         )
 
     def forward(self, signal: Tensor) -> Tensor:
@@ -264,8 +279,9 @@ class ConvolutionalSparseCoding(ConvolutionalDictionary):
                 inside = torch.ones_like(signal[:1]) if known is None else known.to(atoms.dtype)
                 known = self._blocks(inside.expand(-1, self.signal_channels, -1, -1))
             signal, atoms, geometry = self._blocks(signal), F.pixel_unshuffle(atoms, self.stride), (1, 0, [0, 0])
-        problem = (geometry, known, STEP_FACTOR * self.operator_norm.pow(-2), sparsity, self.ridge, self.nonnegative)
-        if torch.compiler.is_compiling() or not torch.is_grad_enabled():  # the compiler finds the gradient itself
+        problem = (geometry, known, self.step_size * self.operator_norm.pow(-2), sparsity, self.ridge, self.nonnegative)
+        differentiated = torch.is_grad_enabled() and (signal.requires_grad or atoms.requires_grad)
+        if torch.compiler.is_compiling() or not differentiated:  # the compiler finds the gradient itself
             return _Fista(atoms, *problem).run(signal, num_iterations)
         return _Fista(atoms.detach(), *problem).run_differentiably(signal, atoms, num_iterations)
 
