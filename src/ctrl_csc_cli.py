@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from importlib import metadata
 from itertools import islice
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
@@ -271,7 +272,9 @@ def fit_sampler(
             id2label = dict(enumerate(names)) if names else {label: str(label) for label in sampler.labels.tolist()}
             loaded.config.id2label = id2label
             loaded.config.label2id = {name: label for label, name in id2label.items()}
-            loaded.config.save_pretrained(folder)
+            with TemporaryDirectory(dir=folder, prefix=".unfinished-") as unfinished:
+                loaded.config.save_pretrained(unfinished)
+                (Path(unfinished) / "config.json").replace(folder / "config.json")
     kind = "groups" if sampler.labels is None else "classes"
     ranks = f"{min(sampler.ranks)} to {max(sampler.ranks)} of {sampler.means.shape[1]} directions"
     typer.echo(f"Components: {len(sampler.ranks)} {kind}, of {ranks}")

@@ -2,6 +2,7 @@
 
 import json
 import os
+import resource
 import shutil
 import signal
 import subprocess
@@ -255,6 +256,22 @@ def test_a_run_in_the_folder_of_another_model_leaves_none_of_its_records(train: 
     assert not {"rivals.png", "neighbours.png", "correlations.png"} & {path.name for path in folder.iterdir()}
     samples = sorted(path.name for path in (folder / "samples").iterdir())
     assert samples == ["step-000000.png", "step-000002.png", "step-000003.png"]
+
+
+def test_a_full_disk_at_the_end_of_a_run_leaves_the_model_before_it_with_its_records(train: Train) -> None:
+    folder = train()
+    for checkpoint in folder.glob("checkpoint-*"):
+        shutil.rmtree(checkpoint)
+    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file() and path.parent.name != "samples"}
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)  # of a file: the kernel refuses more, as on a full disk
+    resource.setrlimit(resource.RLIMIT_FSIZE, ((folder / "model.safetensors").stat().st_size - 1, limits[1]))
+    try:
+        with pytest.raises(OSError, match="model cannot be written and is as it was: "):
+            train("--seed", "1", "--checkpointing_steps", "100")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    left = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file() and path.parent.name != "samples"}
+    assert left == before
 
 
 @pytest.mark.parametrize("scheduler", SCHEDULERS)

@@ -239,4 +239,6 @@ def _holds_weights_of(model: PreTrainedModel, name: str | Path, revision: str | 
 
 def _add_to_json(path: Path, entries: dict[str, Any]) -> None:
     content = json.loads(path.read_text(encoding="utf-8")) | entries
-    path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    unfinished = path.with_suffix(".unfinished")
+    unfinished.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    unfinished.replace(path)
