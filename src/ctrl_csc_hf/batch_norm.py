@@ -42,7 +42,7 @@ class BatchNorm(nn.Module):
         self, codes: Tensor, update_statistics: bool, statistics: tuple[Tensor, Tensor] | None = None
     ) -> Tensor:
         """Normalises by the running statistics; in training by `statistics` of another batch, or by the batch's."""
-        if len(codes) == 1:
+        if not torch.compiler.is_compiling() and len(codes) == 1:
             codes = codes.contiguous()  # of one image in channels-last order torch 2.13 gets the gradient wrong
         if self.training and statistics is None:
             if self.sum_over_processes is not None:
