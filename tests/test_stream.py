@@ -38,6 +38,7 @@ def numbered(folder: Path, sizes: list[int]) -> ImageDataset:
             rows["image"].append({"bytes": scratch.read_bytes(), "path": f"{label}.png"})
         datasets.Dataset.from_dict(rows, features=features).to_parquet(str(folder / f"train-{shard:05d}.parquet"))
         first += size
+    scratch.unlink(missing_ok=True)
     return load_images(ImageSource(train_data_dir=str(folder), streaming=True))
 
 
