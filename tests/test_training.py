@@ -582,6 +582,9 @@ def test_a_preset_with_an_unknown_entry_is_refused(section: str, entry: str, tmp
         ("training: {max_train_steps: }", "max_train_steps must be of the type int, got None"),
         ("training: {max_train_steps: abc}", "max_train_steps must be of the type int, got 'abc'"),
         ("training: {checkpoints_total_limit: 1.5}", "must be of the type int or NoneType, got 1.5"),
+        ("training: {code_reduction: [0.3, abc]}", r"must be of the type list of float, got \[0.3, 'abc'\]"),
+        ("training: {code_reduction: 0.3}", "must be of the type list of float, got 0.3"),
+        ("training: {max_train_steps: [1]}", r"max_train_steps must be of the type int, got \[1\]"),
         ("model: {image_size: }", "image_size.*got NoneType"),
     ],
 )

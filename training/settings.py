@@ -4,7 +4,7 @@ import argparse
 from contextlib import suppress
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any, get_args, get_type_hints
+from typing import Any, get_args, get_origin, get_type_hints
 
 from baselines import ConvolutionalConfig, SquaredErrorLoop
 from transformers import HfArgumentParser
@@ -255,8 +255,11 @@ def parse_settings(arguments: list[str] | None = None) -> tuple[TrainingSettings
     for name, value in preset["training"].items():
         hint = get_type_hints(TrainingSettings)[name]
         types = get_args(hint) or (hint,)
-        if not _is_of(value, types):
+        is_list = get_origin(hint) is list
+        entries = value if is_list and isinstance(value, list) else [value]
+        if isinstance(value, list) is not is_list or not all(_is_of(entry, types) for entry in entries):
             names = " or ".join(kind.__name__ for kind in types)
+            names = f"list of {names}" if is_list else names
             raise ValueError(f"{chosen.config}: {name} must be of the type {names}, got {value!r}")
     of_data = {name: value for name, value in preset["training"].items() if name in OF_THE_DATA_SET}
     parser.set_defaults(**{name: value for name, value in preset["training"].items() if name not in of_data})
