@@ -381,3 +381,16 @@ def test_without_matplotlib_the_extra_is_named(folder: Path, monkeypatch: pytest
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     result = inspect("--model", folder)
     assert result.exit_code == 1 and "inspect needs matplotlib: pip install ctrl-csc-hf[inspect]" in result.output
+
+
+def test_a_low_pass_that_travels_apart_is_part_of_what_atoms_of_later_stages_make():
+    torch.manual_seed(0)
+    model = CtrlCscModel(CtrlCscConfig(image_size=16, latent_dim=6, low_pass=True)).eval()
+    latents = model.encode(torch.rand(1, 3, 16, 16) * 2 - 1).latents
+    xh = model.decode(latents).reconstruction[0]
+    codes = anatomy.decoder_codes(model.decoder, latents)
+    for stage in (2, 3):
+        parts, bias = anatomy.contributions(model.decoder, latents, stage)
+        torch.testing.assert_close(torch.tanh(parts.sum(dim=0) + bias), xh, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(anatomy.decode_from(model.decoder, codes[stage - 1], stage)[0], xh)
+        assert len(anatomy.atoms_in_pixels(model.encoder, stage)) == parts.shape[0]

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .modeling_ctrl_csc import CtrlCscDecoder, CtrlCscEncoder
+from .modeling_ctrl_csc import DETAIL_DEVIATION, CtrlCscDecoder, CtrlCscEncoder
 from .sparse_coding import ConvolutionalDictionary
 
 ATOMS_AT_ONCE = 64  # that are synthesised in one batch
@@ -29,9 +29,10 @@ def num_stages(half: CtrlCscEncoder | CtrlCscDecoder) -> int:
 def atoms_in_pixels(half: CtrlCscEncoder | CtrlCscDecoder, stage: int) -> Tensor:
     """A_1 A_2 ... A_l e_k for every atom k of stage l: atoms carried down to pixels by the dictionaries alone.
 
-    The norms and relus between the stages are left out: relu has no meaning without the rest of an image, and a norm
-    weighs the channels of its stage, by factors that `contributions` takes into account. Stage 1 gives the atoms
-    themselves. The code stands in the middle of its map; of the image, only the square that it can reach is kept.
+    The norms and relus between the stages are left out: relu has no meaning without the rest of an image, and a
+    norm weighs the channels of its stage, by factors that `contributions` takes into account. Stage 1 gives the
+    atoms themselves; with `low_pass`, the atoms of the stages above carry a part of the low pass. The code stands
+    in the middle of its map; of the image, only the square that it can reach is kept.
 
     Args:
         half: encoder or decoder, whose dictionaries are taken.
@@ -58,7 +59,11 @@ def atoms_in_pixels(half: CtrlCscEncoder | CtrlCscDecoder, stage: int) -> Tensor
         signal = half.latent_norm.new_zeros(len(chosen), atoms, sizes[stage], sizes[stage])
         signal[torch.arange(len(chosen)), chosen, middle, middle] = 1
         for lower in range(stage, 0, -1):
-            signal = _dictionary(half, lower).synthesize(signal, (sizes[lower - 1], sizes[lower - 1]))
+            dictionary = _dictionary(half, lower)
+            signal, low = signal[:, : dictionary.code_channels], signal[:, dictionary.code_channels :]
+            signal = dictionary.synthesize(signal, (sizes[lower - 1], sizes[lower - 1]))
+        if low.shape[1]:
+            signal = signal * DETAIL_DEVIATION + half.stages[0].interpolate(low, (sizes[0], sizes[0]))
         pictures.append(signal[:, :, start:end, start:end])
     return torch.cat(pictures)
 
@@ -89,7 +94,8 @@ def decode_from(decoder: CtrlCscDecoder, codes: Tensor, stage: int) -> Tensor:
     """Decodes the codes of a stage from there on: they stand in the place of u_l.
 
     Codes of the encoder are codes of the same atoms only where both halves share their dictionaries; elsewhere what
-    comes out shows how far training has made them alike.
+    comes out shows how far training has made them alike. With `low_pass` the codes of stage 1 lack the low pass, and so
+    do the pixels.
 
     Args:
         codes: of that stage (n, atoms, h_l, w_l), of the encoder or the decoder.
@@ -117,7 +123,8 @@ def contributions(decoder: CtrlCscDecoder, latents: Tensor, stage: int) -> tuple
 
     With the relu masks u_j > 0 of this image frozen, below stage l, the decoder is an affine map of u_l. Its linear
     part, applied to the codes of one atom, is that atom's contribution; its value at u_l = 0 is the bias, what the
-    norms' and the output's biases make. All contributions and the bias add up to atanh(xh).
+    norms' and the output's biases make. All contributions and the bias add up to atanh(xh); with
+    `low_pass`, at stage 1, to that less the low pass.
 
     Args:
         latents: of one image (1, d).
@@ -260,16 +267,22 @@ def _decode(
     inverse = decoder.config.decoder_normalization == "inverse"
     if inverse and stage == num_stages(decoder):
         codes = codes * decoder.latent_norm
+    low = None
     for lower in range(stage - 1, 0, -1):
         side, norm = decoder.config.signal_sizes[lower], decoder.norms[lower - 1]
         signal = _dictionary(decoder, lower + 1).synthesize(codes, (side, side))
         deviation = (norm.running_var + norm.eps).sqrt()
         scale = deviation / norm.weight if inverse else norm.weight / deviation
         shift = norm.running_mean - norm.bias * scale if inverse else norm.bias - norm.running_mean * scale
-        codes = activate(signal * scale[:, None, None] + biases * shift[:, None, None], lower)
+        carried = signal * scale[:, None, None] + biases * shift[:, None, None]
+        atoms = _dictionary(decoder, lower).code_channels
+        codes = activate(carried[:, :atoms], lower)
+        low = carried[:, atoms:] if carried.shape[1] > atoms else None  # no relu is on it
     side = decoder.config.image_size
-    signal = _dictionary(decoder, 1).synthesize(codes, (side, side))
-    return signal * decoder.output_scale[:, None, None] + biases * decoder.output_bias[:, None, None]
+    pixels = decoder.stages[0].synthesize(codes, (side, side)) * decoder.output_scale[:, None, None]
+    if low is not None:
+        pixels = pixels + decoder.stages[0].interpolate(low, (side, side))
+    return pixels + biases * decoder.output_bias[:, None, None]
 
 
 def _shares(energy: Tensor) -> Tensor:

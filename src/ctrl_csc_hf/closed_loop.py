@@ -219,7 +219,7 @@ class ClosedLoop:
         reconstruction_statistics: what the encoder's batch norms normalise reconstructions by. "own": by their own
             batch's statistics, which hides wrong means and contrasts of the reconstructions from both players;
             "images": by those of the batch of images, as constants, so that f is one map.
-        players: who plays; the other stands still.
+        players: who plays, one or both; the other stands still.
 
     Raises:
         ValueError: for an unknown `play` or `reconstruction_statistics`, and for a distortion that is too small for the
@@ -262,15 +262,12 @@ class ClosedLoop:
             labels: y (n,), for objective "multi", best on the CPU, see `ClosedLoopObjective.utility`.
             augmented: tau(x) (n, C, H, W), where `augmentation_consistency` is above 0.
         """
-        if self.play == "simultaneous":
-            figures = self.backward(pixel_values, labels, augmented, self.players)
+        turns = [self.players] if self.play == "simultaneous" else [[player] for player in self.players]
+        played = []
+        for players in turns:
+            played.append(self.backward(pixel_values, labels, augmented, players))
             self._apply_gradients()
-        else:
-            figures = self.backward(pixel_values, labels, augmented, players=("encoder",))
-            self._apply_gradients()
-            self.backward(pixel_values, labels, players=("decoder",))
-            self._apply_gradients()
-        return figures
+        return played[0]
 
     def backward(
         self,

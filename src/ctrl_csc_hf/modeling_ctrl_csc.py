@@ -233,6 +233,9 @@ def _unit_vectors(vectors: Tensor) -> tuple[Tensor, Tensor]:
 class CtrlCscEncoder(CtrlCscPreTrainedModel):
     """f: stages of [sparse coding, batch norm], then a linear stage to one vector, scaled to unit length.
 
+    With `config.low_pass` the first stage codes the image less its low pass, over `DETAIL_DEVIATION`; its batch norm
+    hands on the low pass as further channels, so that the second stage codes both.
+
     The last stage is the adjoint alone, and signed: a non-negative one would confine the latents to one orthant. The
     latents of any finite image are unit vectors, see `_unit_vectors`.
     """
@@ -270,8 +273,9 @@ class CtrlCscEncoder(CtrlCscPreTrainedModel):
         """Gain of the low pass, and running variances of a new model: those of codes of white noise, so that no stage
         falls silent in evaluation.
 
-        A FISTA step from zero is 0.9 / |A|^2 A*(x), and atoms are unit: codes have a deviation of about 1 / |A|^2. With
-        a running variance of 1 each stage's signal would be that much smaller than the last, and soon below lambda.
+        A FISTA step from zero is about 1 / |A|^2 A*(x), and atoms are unit: codes have a deviation of about
+        1 / |A|^2. With a running variance of 1 each stage's signal would be that much smaller than the last, and soon
+        below lambda.
         """
         for stage, norm in zip(self.stages, self.norms, strict=True):
             if isinstance(stage, ConvolutionalSparseCoding) and not _is_loaded(norm.running_var):
