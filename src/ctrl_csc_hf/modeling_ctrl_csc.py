@@ -520,7 +520,9 @@ def _shared_tensors(config: CtrlCscConfig) -> list[str]:
     """Patterns of the names of the decoder's tensors that are the encoder's, which alone are saved."""
     patterns: list[str] = []
     if config.share_dictionaries:
-        patterns += [r"stages\.\d+\.dictionary", r"last_stage\.dictionary"]
+        patterns.append(r"last_stage\.dictionary")
+    if config.share_dictionaries is True:
+        patterns.append(r"stages\.\d+\.dictionary")
     if config.decoder_normalization == "inverse":
         patterns += [r"norms\..+", "latent_norm"]
     return patterns
