@@ -213,11 +213,11 @@ class Training:
         self, options: argparse.Namespace, preset: str, pixels: dict[str, Tensor], graphs: Collection[str]
     ) -> None:
         self.options, self.name, self.pixels, self.graphs = options, Path(preset).stem, pixels, graphs
-        self.model, self.settings, self.preset_steps = read_preset(options, preset)
-        self.steps = dict(self.preset_steps)
+        self.model, self.settings, self.steps = read_preset(options, preset)
         self.batch = options.batch_size or (8 if options.short else self.settings.train_batch_size)
         self.generator = torch.Generator(DEVICE).manual_seed(self.settings.seed)
         self.calibration = self.draw(CALIBRATION_IMAGES if GPU else 4 * self.batch)
+        self.calibration_batch = max(self.batch, len(self.calibration) // 4)
         self.stream = torch.cuda.Stream() if GPU else None
         self.figures: Figures = {}
 
@@ -227,27 +227,28 @@ class Training:
         flips = torch.rand(count, 1, 1, 1, generator=self.generator, device=DEVICE) < 0.5
         return to_pixel_values(torch.where(flips, chosen.flip(3), chosen))
 
-    def trial(self) -> dict[str, Callable[[], object]]:
-        """A step of each phase that has some, by name, of a copy of the model."""
-        phases = Phases(copy.deepcopy(self.model), self.settings, self.preset_steps, graphs=self.graphs)
+    def trial(self) -> Callable[[], object]:
+        """A step of the phase with the most steps, of a copy of the model."""
+        phases = Phases(copy.deepcopy(self.model), self.settings, self.steps, graphs=self.graphs)
+        name = max(self.steps, key=lambda name: self.steps[name])
+        phases.begin(name)
 
-        def step(name: str) -> None:
-            phases.begin(name)
+        def step() -> None:
             with torch.cuda.stream(self.stream):
                 phases(name, self.draw(self.batch))
 
-        return {name: partial(step, name) for name, count in self.preset_steps.items() if count}
+        return step
 
     def run(self, last_moment: float) -> Iterator[None]:
         """All its steps, and a stop after each; no more of a phase where it is later than `last_moment`."""
-        model, steps, batch, history = self.model, self.steps, self.batch, []
+        model, steps, history = self.model, self.steps, []
         phases, of_steps = Phases(model, self.settings, steps, graphs=self.graphs), StepFigures()
         for name, count in steps.items():
             phases.begin(name)
             for step in range(count):
                 if step < REFINED_STEPS:
                     model.project_parameters()
-                of_steps.keep(step + 1, phases(name, self.draw(batch)))
+                of_steps.keep(step + 1, phases(name, self.draw(self.batch)))
                 if (step + 1) % LOGGED_STEPS == 0 or step + 1 == count:
                     read = of_steps.read(everything=True)
                     history += [{"phase": name, "step": number, **values} for number, values in read]
@@ -261,15 +262,15 @@ class Training:
             free_memory()
             if name == "energy" and count:
                 phases.begin("fit")
-                recompute_statistics(model, self.calibration, batch)
-                principal_directions(model, self.calibration, batch)
+                recompute_statistics(model, self.calibration, self.calibration_batch)
+                principal_directions(model, self.calibration, self.calibration_batch)
                 invert_encoder(model, self.calibration)
             if name == "fit":
-                recompute_statistics(model, self.calibration, batch)
+                recompute_statistics(model, self.calibration, self.calibration_batch)
                 phases.average.advance()
                 phases.average.update(phases.parameters)
         self.folder = self.options.output / self.name
-        self.model = evaluated_model(model, phases.average, self.calibration, batch)
+        self.model = evaluated_model(model, phases.average, self.calibration, self.calibration_batch)
         save_in_float16(self.model, self.folder)
         logged = [json.dumps(record) for record in history if record["step"] % LOGGED_STEPS in (0, 1)]
         (self.folder / "history.jsonl").write_text("\n".join(logged) + "\n", encoding="utf-8")
@@ -277,7 +278,7 @@ class Training:
     def measure(self) -> None:
         """Figures of what was saved, on held-out images."""
         saved = AutoModel.from_pretrained(self.folder).to(DEVICE).eval()
-        held_out = to_pixel_values(self.pixels["held_out"])
+        held_out = to_pixel_values(self.pixels["held_out"][: self.options.held_out_images])
         self.figures |= {f"steps of {name}": count for name, count in self.steps.items()}
         self.figures |= {"batch": self.batch, "training images": len(self.pixels["train"])}
         self.figures |= {"model, MB": (self.folder / "model.safetensors").stat().st_size / 1e6}
@@ -288,16 +289,15 @@ class Training:
             (name, VisionFeatures(name, size, DEVICE), FrechetDistance(), KernelDistance())
             for name, size in zip(self.options.feature_model, self.options.feature_size, strict=True)
         ]
-        images = held_out[: self.options.feature_images]
         with torch.no_grad():
-            for batch in images.split(250):
+            for batch in held_out.split(250):
                 output = saved(batch.to(DEVICE), output_codes=True)
                 active += torch.tensor([(c != 0).float().mean().item() for c in output.codes]) * len(batch)
                 for _, network, *distances in networks:
                     pair = network(batch.to(DEVICE)), network(output.reconstruction)
                     for distance in distances:
                         distance.update(*pair)
-        self.figures |= {f"active codes, stage {i}": s / len(images) for i, s in enumerate(active.tolist(), 1)}
+        self.figures |= {f"active codes, stage {i}": s / len(held_out) for i, s in enumerate(active.tolist(), 1)}
         for name, _, *distances in networks:
             for distance in distances:
                 self.figures |= {f"{k}, {Path(name).name}": value for k, value in distance.compute().items()}
@@ -317,23 +317,20 @@ def train(options: argparse.Namespace, graphs: list[str], figures: Figures) -> N
             read[data] = {part: read_pixels(data[0], part, size) for part in ("train", "held_out")}
             read[data]["train"] = read[data]["train"].to(DEVICE)
         trainings.append(Training(options, preset, read[data], graphs))
-    trials = [training.trial() for training in trainings]
-    planned = 0.0
-    for name in trainings[0].steps:
-        at_once = [trial[name] for trial in trials if name in trial]
-        if at_once:
-            taken = milliseconds(lambda steps=at_once: [step() for step in steps], 0.05 if options.short else 0.5)
-            figures[f"{name}, ms of all"] = taken
-            planned += taken * max(training.preset_steps[name] for training in trainings)
-    del trials, at_once
-    free_memory()
-    setup = figures["before the first step, s"] = time.monotonic() - start
     last_moment = math.inf
     if options.train_seconds:
         allowed = min(options.train_seconds, options.end - EVALUATION_SECONDS - start)
-        factor, last_moment = (allowed - setup) * 1e3 / planned, start + 1.1 * allowed
+        trials = [training.trial() for training in trainings]
+        taken = figures["a step of each, ms"] = milliseconds(lambda: [step() for step in trials], seconds=0.5)
+        del trials
+        free_memory()
+        figures["before the first step, s"] = time.monotonic() - start
+        most = max(sum(training.steps.values()) for training in trainings)
+        factor = (start + allowed - time.monotonic()) * 1e3 / (taken * most)
+        print(f"{taken:.1f} ms for a step of each, all phases {factor:.2f} times as long", flush=True)
+        last_moment = start + 1.1 * allowed
         for training in trainings:
-            training.steps = {n: max(1, int(c * factor)) if c else 0 for n, c in training.preset_steps.items()}
+            training.steps = {name: max(1, int(n * factor)) if n else 0 for name, n in training.steps.items()}
     running = [(training, training.run(last_moment)) for training in trainings]
     while running:
         for training, steps in list(running):
@@ -466,7 +463,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--train_seconds", type=float, default=180.0, help="of all; 0: the presets' own steps")
     parser.add_argument("--feature_model", nargs="+", default=[], help="networks whose features are compared")
     parser.add_argument("--feature_size", type=int, nargs="+", default=[], help="side in pixels for each of them")
-    parser.add_argument("--feature_images", type=int, default=5000, help="held-out images that they see")
+    parser.add_argument("--held_out_images", type=int, default=5000, help="to measure on")
     parser.add_argument("--short", action="store_true", help="tiny nets: tests the command, its figures mean nothing")
     parser.add_argument("--dataset", help="of pack: a Hub id, or a folder")
     parser.add_argument("--split", default="train", help="of pack: what to train on")
