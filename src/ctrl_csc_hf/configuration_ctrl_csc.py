@@ -59,7 +59,7 @@ class _StrictCtrlCscConfig(PreTrainedConfig):
     sparsity: float | int | list[float | int] = 0.02
     ridge: float | int = 0.0
     num_iterations: int | list[int] = 8
-    step_size: float = 0.9
+    step_size: float | int = 0.9
     denoising_sparsity: list[list[float | int]] | None = None
     share_dictionaries: bool | str = True
     decoder_normalization: str = "batch_norm"
