@@ -57,7 +57,7 @@ def checkpoint(tmp_path: Path) -> Path:
 
     folder = tmp_path / "checkpoint"
     (folder / "examples").mkdir(parents=True)
-    settings, _ = parse_settings(["--config", "cifar10"])
+    settings, _ = parse_settings(["--config", "cifar10_512"])
     (folder / "training_args.json").write_text(json.dumps(asdict(settings)), encoding="utf-8")
     write_figures(folder, FIGURES)
     for name in ("reconstructions.png", "examples/0.png", "examples/1.png"):
@@ -218,7 +218,7 @@ def test_a_model_that_has_not_played_the_game_does_not_claim_it(checkpoint: Path
 
 def test_the_text_tells_settings_results_and_limits(repository: Path) -> None:
     card = (repository / "README.md").read_text(encoding="utf-8")
-    training = load_preset("cifar10")["training"]
+    training = load_preset("cifar10_512")["training"]
     for expected in (
         "| PSNR, mean over images, dB | 17.12 | 1000 |",
         "| nearest-latent match | 98.7% | 1000 |",

@@ -608,7 +608,7 @@ def test_what_is_wrong_in_a_preset_is_one_line_with_the_files_name(text: str, me
 def test_a_presets_values_of_each_stage_fit_any_resolution(size: int) -> None:
     from settings import parse_settings
 
-    flags = ["--config", "cifar10_sparse", "--train_data_dir", "x", "--resolution", str(size)]
+    flags = ["--config", "cifar10", "--train_data_dir", "x", "--resolution", str(size)]
     config = parse_settings(flags)[1]
     further = len(config.stage_channels) - 2
     assert config.sparsity == [0.5, 0.6] + [0.6] * further
@@ -740,7 +740,7 @@ def test_statistics_of_an_average_are_the_means_over_the_batches_of_its_images()
 def test_cifar10_streams_through_the_preset(train: Train, cifar10: str, tmp_path: Path) -> None:
     flags = ["--config", "cifar10", "--dataset_name", cifar10, "--report_to", "none"]
     flags += ["--max_train_steps", "2", "--num_validation_images", "64", "--output_dir", str(tmp_path / "cifar10")]
-    flags += ["--energy_warmup_steps", "0", "--deconvolution_warmup_steps", "1", "--use_ema", "false"]
+    flags += ["--energy_warmup_steps", "1", "--deconvolution_warmup_steps", "1", "--use_ema", "false"]
     folder = run_main([*flags, "--train_batch_size", "16"])
     metrics = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
     assert metrics["step"] == 2 and metrics["figures"][0]["split"] == "test"

@@ -31,7 +31,7 @@ from ctrl_csc_hf.visualization import reconstruction_grid
 
 TRAINING_DIGITS = 1500  # of the 1,797, drawn at random; the others are held out
 SHOWN = 40  # of those
-CHECKPOINT = Path(__file__).parents[1] / "checkpoints" / "ctrl-csc-cifar10"
+CHECKPOINT = Path(__file__).parents[1] / "checkpoints" / "ctrl-csc-cifar10-512"
 
 
 def write_digits(folder: Path) -> None:
