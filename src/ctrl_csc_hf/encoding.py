@@ -86,6 +86,8 @@ def find_data(name: str) -> dict[str, Any]:
     root = Path(name)
     if not root.is_dir():
         return {"path": name}
+    if not root.name:  # of ".", which `datasets` cannot name
+        name = str(root.resolve())
     escaped = glob.escape(str(root.resolve()))
     images, tables, metadata, others = ([], [], [], []) if _names_its_files(root / "README.md") else _files_in(root)
     if images and (mixed := tables + others):
@@ -133,6 +135,23 @@ def find_data(name: str) -> dict[str, Any]:
     depths = {len(parts) for parts in inner}
     labelled = len(depths) == 1 and depths != {1} and len({parts[-2] for parts in inner}) > 1
     return {"path": name, "data_files": data_files, "drop_labels": not labelled}
+
+
+def check_output(output: str | Path, data: str | None) -> None:
+    """Refuses an output in a local data set, where pictures of it would be read as images the next time.
+
+    Args:
+        output: a folder.
+        data: a Hub id, or a local folder; None for none.
+
+    Raises:
+        ValueError: if the output lies there.
+    """
+    if data is not None and Path(data).is_dir() and Path(output).resolve().is_relative_to(Path(data).resolve()):
+        raise ValueError(
+            f"must lie outside of the folder of the images, {data}, where the pictures written into it would be read "
+            f"as images the next time, got {output}"
+        )
 
 
 def _files_in(root: Path) -> tuple[list[Path], list[Path], list[Path], list[Path]]:
