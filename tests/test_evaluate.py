@@ -426,7 +426,7 @@ def test_figures_and_pictures_are_not_written_into_the_images(
     settings: Callable[..., Any], image_folder: Path, parquet_folder: str
 ) -> None:
     for changes in ({}, {"train_data_dir": parquet_folder, "unseen_dataset_name": str(image_folder)}):
-        with pytest.raises(ValueError, match="output_dir must lie outside of the folder of the images, .*, got"):
+        with pytest.raises(ValueError, match=r"output_dir must lie outside of the folder of the images, .*, got"):
             settings(model="any", output_dir=str(image_folder / "evaluation"), **changes)
 
 

@@ -319,7 +319,7 @@ def test_the_output_lies_outside_of_the_images_as_its_pictures_would_be_trained_
 
     monkeypatch.chdir(image_folder)
     for folder, output in ((".", "out"), (str(image_folder), str(image_folder)), ("..", ".")):
-        with pytest.raises(ValueError, match="output_dir must lie outside of the folder of the images, .*, got"):
+        with pytest.raises(ValueError, match=r"output_dir must lie outside of the folder of the images, .*, got"):
             parse_settings([f"--{data}", folder, "--output_dir", output])
     assert parse_settings([f"--{data}", ".", "--output_dir", str(tmp_path)])
 

@@ -171,6 +171,9 @@ def _files_in(root: Path) -> tuple[list[Path], list[Path], list[Path], list[Path
                     f"{root} holds {link}, a link to {target}, which would be passed over: put a folder in its place, "
                     "whose files may be links (`cp -rs` makes one), or remove it"
                 )
+        if "::" in folder[len(str(root)) :] or any("::" in name for name in files):  # which joins URLs for `datasets`
+            wrong = next((os.path.join(folder, name) for name in files if "::" in name), folder)
+            raise ValueError(f"{root} holds {wrong}, which `datasets` cannot read: rename it, '::' must not be in it")
         for name in files:
             suffix, path = os.path.splitext(name)[1].lower(), Path(folder, name).relative_to(root)
             if suffix in ImageFolder.EXTENSIONS:
