@@ -154,6 +154,12 @@ def inspect(
     many, labels, class_names = torch.cat(photos) if photos else None, None, None
     if dataset_name is not None:
         many, labels, class_names = _sample(dataset_name, split, image_column, label_column, num_images, processor)
+        from ctrl_csc_hf.encoding import check_output
+
+        try:
+            check_output(output, dataset_name)
+        except ValueError as error:
+            raise typer.BadParameter(str(error), param_hint="--output") from error
     names = [path.stem for path in paths]
     if len(set(names)) < len(names):
         names = [f"{name}_{index}" for index, name in enumerate(names, 1)]

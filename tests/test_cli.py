@@ -202,17 +202,24 @@ def test_an_image_processor_of_another_size_is_one_line(own_model: Path, photos:
         (["--repo_id", "a/b/c", "--dry_run", "{out}"], "'a/b/c'"),
         (["--repo_id", "a/b/c", "--license", "mit", "--public"], "'a/b/c'"),
         (["--repo_id", "org/name", "--dry_run", "{model}"], "folder must be another one than the checkpoint's"),
+        (
+            ["--repo_id", "org/name", "--dry_run", "{notes}"],
+            "README.md, which is no card of this package: name another",
+        ),
         (["--repo_id", "org/name"], "must be given to publish a model of local data"),
     ],
 )
 def test_what_publish_cannot_do_is_one_line(flags: list[str], message: str, model_folder: Path, tmp_path: Path) -> None:
-    names = {"out": tmp_path / "out", "model": model_folder}
+    names = {"out": tmp_path / "out", "model": model_folder, "notes": tmp_path / "notes"}
+    names["notes"].mkdir()
+    (names["notes"] / "README.md").write_text("# Of my own\n", encoding="utf-8")
     result = CliRunner().invoke(
         app, ["publish", "--model", str(model_folder), *(flag.format(**names) for flag in flags)]
     )
     assert result.exit_code == 1
     (line,) = (line for line in result.output.splitlines() if line.startswith("Error: "))
     assert message in line and "Traceback" not in result.output
+    assert (names["notes"] / "README.md").read_text(encoding="utf-8") == "# Of my own\n"
 
 
 def test_a_hub_that_does_not_answer_is_one_line(model_folder: Path) -> None:

@@ -94,6 +94,27 @@ def test_only_whole_names_of_folders_are_splits_and_labels(files, splits, labels
         assert labels is None or None not in [row["label"] for row in rows]
 
 
+@pytest.mark.parametrize("name", ["a/1::2.png", "a::b/1.png", "a::b/c/1.png"])
+def test_names_that_datasets_takes_apart_are_told(name, tmp_path):
+    (tmp_path / name).parent.mkdir(parents=True)
+    random_image(0).save(tmp_path / name)
+    with pytest.raises(ValueError, match=r"holds .*::.*, which `datasets` cannot read: rename it"):
+        find_data(str(tmp_path))
+
+
+@pytest.mark.parametrize("files", [("cat/1.png", "dog/2.png"), ("train.parquet", "test.parquet")])
+def test_the_folder_that_one_works_in_is_a_data_set_too(files, tmp_path, monkeypatch):
+    rows = datasets.Dataset.from_dict({"image": [random_image(0)]}, datasets.Features({"image": datasets.Image()}))
+    for path in (tmp_path / "photos" / name for name in files):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        random_image(0).save(path) if path.suffix == ".png" else rows.to_parquet(path)
+    monkeypatch.chdir(tmp_path / "photos")
+    for folder in (".", "./"):
+        assert "train" in datasets.get_dataset_split_names(**find_data(folder))
+        images = load_images(ImageSource(train_data_dir=folder, streaming=folder == ".", cache_dir=str(tmp_path)))
+        assert len(list(images)) == (2 if "cat/1.png" in files else 1)
+
+
 @pytest.mark.parametrize(
     ("files", "metadata", "bare"),
     [  # of metadata files the images that they list

@@ -422,6 +422,14 @@ def test_figures_are_not_written_into_the_folder_of_another_model(
         settings(model=first, output_dir=second)
 
 
+def test_figures_and_pictures_are_not_written_into_the_images(
+    settings: Callable[..., Any], image_folder: Path, parquet_folder: str
+) -> None:
+    for changes in ({}, {"train_data_dir": parquet_folder, "unseen_dataset_name": str(image_folder)}):
+        with pytest.raises(ValueError, match=r"output_dir must lie outside of the folder of the images, .*, got"):
+            settings(model="any", output_dir=str(image_folder / "evaluation"), **changes)
+
+
 @pytest.mark.parametrize("rival", ["path", "=path", "CTRL-CSC=path", "name="])
 def test_a_rival_without_a_name_of_its_own_is_refused(
     evaluate: ModuleType, settings: Callable[..., Any], train: Callable[..., Path], rival: str

@@ -361,6 +361,8 @@ def test_a_folder_of_photographs_without_labels_serves_too(folder: Path, image_f
         (["--output", "{text}"], "--output: must be a folder or not exist"),
         (["--report", "report.pdf"], "--report: must end in .html, got report.pdf"),
         (["--output", "{text}/out"], "--output: must be where one can write, got"),
+        (["--dataset_name", "{images}", "--split", "train", "--output", "{images}/out"],
+         "--output: must lie outside of the folder of the images"),
     ],
 )  # fmt: skip
 def test_what_inspect_cannot_take_is_said_in_words(
@@ -374,7 +376,7 @@ def test_what_inspect_cannot_take_is_said_in_words(
     assert result.exit_code == (1 if "Error: --" in message else 2)
     words = " ".join(result.output.replace("│", " ").split())
     assert message in words, words
-    assert not (tmp_path / "out").exists()
+    assert not (tmp_path / "out").exists() and not (image_folder / "out").exists()
 
 
 def test_without_matplotlib_the_extra_is_named(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

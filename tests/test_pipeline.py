@@ -143,6 +143,7 @@ def test_the_progress_bar_counts_batches_and_can_be_off(
     [
         (lambda pipe, image: pipe(image, output_type="jpeg"), "output_type must be one of .*'pil'.*, got 'jpeg'"),
         (lambda pipe, image: pipe(image, batch_size=0), "batch_size must be at least 1, got 0"),
+        (lambda pipe, image: pipe.decode(np.zeros((2, 8))), "latents must be a tensor, got ndarray; torch.as_tensor"),
         (lambda pipe, image: pipe.decode(torch.randn(2, 7)), r"latents must have shape \(n, 8\), got \(2, 7\)"),
         (lambda pipe, image: pipe.interpolate(image, image, 1), "num_steps must be at least 2, got 1"),
         (lambda pipe, image: pipe.interpolate([image] * 2, image), "a must be one image, got 2"),
@@ -150,7 +151,7 @@ def test_the_progress_bar_counts_batches_and_can_be_off(
     ],
 )
 def test_wrong_arguments_are_named(pipe: CtrlCscPipeline, call, message: str) -> None:
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises((TypeError, ValueError), match=message):
         call(pipe, pictures(1)[0])
 
 

@@ -311,6 +311,29 @@ def test_a_folder_and_an_output_are_enough_whatever_the_resolution(
     assert CtrlCscConfig.from_pretrained(tmp_path / "out").image_size == size
 
 
+@pytest.mark.parametrize("data", ["train_data_dir", "dataset_name"])
+def test_the_output_lies_outside_of_the_images_as_its_pictures_would_be_trained_on_next(
+    data: str, image_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from settings import parse_settings
+
+    monkeypatch.chdir(image_folder)
+    for folder, output in ((".", "out"), (str(image_folder), str(image_folder)), ("..", ".")):
+        with pytest.raises(ValueError, match=r"output_dir must lie outside of the folder of the images, .*, got"):
+            parse_settings([f"--{data}", folder, "--output_dir", output])
+    assert parse_settings([f"--{data}", ".", "--output_dir", str(tmp_path)])
+
+
+def test_a_hub_that_does_not_answer_is_one_line(image_folder: Path, tmp_path: Path) -> None:
+    flags = ["--train_data_dir", str(image_folder), "--output_dir", str(tmp_path / "out"), "--push_to_hub"]
+    flags += ["--hub_license", "mit", "--hub_private_repo"]
+    environment = os.environ | {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HUB_OFFLINE": "0", "HF_TOKEN": "none"}
+    command = [sys.executable, str(TRAINING / "train.py"), *flags]
+    result = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert result.returncode == 1 and "Traceback" not in result.stderr
+    assert "OSError: the Hub at http://127.0.0.1:9 does not answer" in result.stderr.splitlines()[-1]
+
+
 def test_a_presets_data_set_gives_way_to_the_one_that_is_named() -> None:
     from settings import parse_settings
 

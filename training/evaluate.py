@@ -49,7 +49,7 @@ from data import (
 )
 from ema import GRID_IMAGES
 from run import figure_records, one_line_errors, readable, save_grid, training_settings
-from settings import hub_id, option
+from settings import check_output_dir, hub_id, option
 from stream import ImageLoader, ImageStream
 from torch import Tensor
 from tqdm.auto import tqdm
@@ -142,6 +142,8 @@ class EvaluationSettings:
                 "exactly one of --dataset_name and --train_data_dir must be given, got "
                 f"dataset_name={self.dataset_name!r} and train_data_dir={self.train_data_dir!r}"
             )
+        check_output_dir(self.output_dir, self.dataset_name or self.train_data_dir)
+        check_output_dir(self.output_dir, self.unseen_dataset_name)
         self.hub_dataset_id = hub_id(self.dataset_name) or self.hub_dataset_id
         self.unseen_hub_dataset_id = hub_id(self.unseen_dataset_name) or self.unseen_hub_dataset_id
         for name in ("num_images", "num_frechet_images", "num_probe_images", "num_unseen_images"):

@@ -19,7 +19,8 @@ from accelerate import Accelerator, PartialState
 from accelerate.utils import gather_object
 from datasets.exceptions import DatasetsError
 from ema import GRID_IMAGES, AverageOfWeights
-from huggingface_hub import hf_hub_download
+from huggingface_hub import constants, hf_hub_download
+from huggingface_hub.errors import HTTPError  # type: ignore[attr-defined]  # httpx's, under whichever of its names
 from safetensors.torch import load_file, save_file
 from settings import FIXED, WITHOUT_INFLUENCE, TrainingSettings
 from stream import ImageLoader, Place
@@ -363,6 +364,10 @@ def one_line_errors() -> Iterator[None]:
     except KeyboardInterrupt:
         print("Stopped", file=sys.stderr)
         sys.exit(130)
+    except HTTPError as error:
+        if not isinstance(error, OSError):  # as what the Hub refuses is
+            error = OSError(f"the Hub at {constants.ENDPOINT} does not answer: {error}")
+        sys.exit(f"{type(error).__name__}: {error}")
     except (OSError, ValueError, FloatingPointError, DatasetsError) as error:
         reason = f": {error.__cause__}" if isinstance(error, DatasetsError) and error.__cause__ else ""
         sys.exit(f"{type(error).__name__}: {error}{reason}")

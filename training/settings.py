@@ -12,6 +12,7 @@ from transformers import HfArgumentParser
 from ctrl_csc_hf import CtrlCscConfig
 from ctrl_csc_hf.closed_loop import STATISTICS, ClosedLoop, ClosedLoopObjective
 from ctrl_csc_hf.configuration_ctrl_csc import default_stages
+from ctrl_csc_hf.encoding import check_output
 from ctrl_csc_hf.presets import load_preset
 
 # A loss scaler would have to serve two players with one backward pass; bf16 needs none.
@@ -49,6 +50,14 @@ WITHOUT_INFLUENCE = (
 def hub_id(dataset_name: str | None) -> str | None:
     """The name of a data set on the Hub; None for a local folder, which `datasets` takes first."""
     return None if dataset_name is None or Path(dataset_name).exists() else dataset_name
+
+
+def check_output_dir(output_dir: str, data: str | None) -> None:
+    """`ctrl_csc_hf.encoding.check_output`, by the name of the setting."""
+    try:
+        check_output(output_dir, data)
+    except ValueError as error:
+        raise ValueError(f"output_dir {error}") from error
 
 
 def option(default: Any, help: str, **metadata: Any) -> Any:
@@ -175,6 +184,7 @@ class TrainingSettings:
                 "exactly one of --dataset_name and --train_data_dir must be given, got "
                 f"dataset_name={self.dataset_name!r} and train_data_dir={self.train_data_dir!r}"
             )
+        check_output_dir(self.output_dir, self.dataset_name or self.train_data_dir)
         self.hub_dataset_id = hub_id(self.dataset_name) or self.hub_dataset_id
         if self.streaming is None:
             self.streaming = self.dataset_name is not None

@@ -86,6 +86,8 @@ def find_data(name: str) -> dict[str, Any]:
     root = Path(name)
     if not root.is_dir():
         return {"path": name}
+    if not root.name:  # of ".", which `datasets` cannot name
+        name = str(root.resolve())
     escaped = glob.escape(str(root.resolve()))
     images, tables, metadata, others = ([], [], [], []) if _names_its_files(root / "README.md") else _files_in(root)
     if images and (mixed := tables + others):
@@ -135,6 +137,23 @@ def find_data(name: str) -> dict[str, Any]:
     return {"path": name, "data_files": data_files, "drop_labels": not labelled}
 
 
+def check_output(output: str | Path, data: str | None) -> None:
+    """Refuses an output in a local data set, where pictures of it would be read as images the next time.
+
+    Args:
+        output: a folder.
+        data: a Hub id, or a local folder; None for none.
+
+    Raises:
+        ValueError: if the output lies there.
+    """
+    if data is not None and Path(data).is_dir() and Path(output).resolve().is_relative_to(Path(data).resolve()):
+        raise ValueError(
+            f"must lie outside of the folder of the images, {data}, where the pictures written into it would be read "
+            f"as images the next time, got {output}"
+        )
+
+
 def _files_in(root: Path) -> tuple[list[Path], list[Path], list[Path], list[Path]]:
     """Image files below a folder, `TABLES`, metadata files, and archives or images of formats that `datasets` does not
     know, relative to it, without hidden ones."""
@@ -152,6 +171,9 @@ def _files_in(root: Path) -> tuple[list[Path], list[Path], list[Path], list[Path
                     f"{root} holds {link}, a link to {target}, which would be passed over: put a folder in its place, "
                     "whose files may be links (`cp -rs` makes one), or remove it"
                 )
+        if "::" in folder[len(str(root)) :] or any("::" in name for name in files):  # which joins URLs for `datasets`
+            wrong = next((os.path.join(folder, name) for name in files if "::" in name), folder)
+            raise ValueError(f"{root} holds {wrong}, which `datasets` cannot read: rename it, '::' must not be in it")
         for name in files:
             suffix, path = os.path.splitext(name)[1].lower(), Path(folder, name).relative_to(root)
             if suffix in ImageFolder.EXTENSIONS:

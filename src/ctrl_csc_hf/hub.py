@@ -15,7 +15,7 @@ from .image_processing_ctrl_csc import CtrlCscImageProcessor
 from .model_card import FIGURE, METRICS, MODEL_CARDS, SETTINGS, model_card, public_metrics, public_settings
 from .modeling_ctrl_csc import CtrlCscModel
 from .records import DAMAGED, readable
-from .repository_ctrl_csc import RECORDS, save_repository
+from .repository_ctrl_csc import CARD_TAG, RECORDS, save_repository
 from .repository_ctrl_csc import SAMPLER as SAMPLER
 from .repository_ctrl_csc import save_sampler as save_sampler
 from .sampling import LatentSampler
@@ -39,8 +39,8 @@ def export(
 ) -> Path:
     """Writes the folder of a Hub repository: weights, configuration, image processor, the code of all, and the card.
 
-    The same model gives the same bytes. Files of the same names are overwritten; card, figures, pictures and sampler of
-    another model that the folder holds are removed; others stay.
+    The same model gives the same bytes. Files of the same names are overwritten, but no README.md of others; card,
+    figures, pictures and sampler of another model that the folder holds are removed; others stay.
 
     Args:
         model: what to publish.
@@ -54,10 +54,13 @@ def export(
             precision, with atoms made unit vectors again.
 
     Raises:
-        ValueError: if `repo_id` has another form, if `folder` is a file or the checkpoint itself, and if a file of the
-            checkpoint cannot be read.
+        ValueError: if `repo_id` has another form, if `folder` is a file, the checkpoint or holds a README.md that
+            is no card of this package, and if a file of the checkpoint cannot be read.
     """
     folder = Path(folder)
+    readme = folder / "README.md"
+    if readme.is_file() and CARD_TAG not in readme.read_text(encoding="utf-8", errors="replace"):
+        raise ValueError(f"folder must not hold {readme}, which is no card of this package: name another, or move it")
     checkpoint = None if checkpoint is None else Path(checkpoint)
     validate_repo_id(repo_id)
     if "/" not in repo_id:

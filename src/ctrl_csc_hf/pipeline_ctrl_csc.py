@@ -213,9 +213,12 @@ class CtrlCscPipeline(DiffusionPipeline):
         """Latents (n, latent_dim) -> n images, as in `CtrlCscPipelineOutput`.
 
         Raises:
+            TypeError: for what is no tensor.
             ValueError: for latents of another shape, and for another `output_type`.
         """
         _check_output_type(output_type)
+        if not isinstance(latents, Tensor):
+            raise TypeError(f"latents must be a tensor, got {type(latents).__name__}; torch.as_tensor makes one")
         reconstruction = self.model.decode(latents.to(self.device)).reconstruction
         return self.image_processor.postprocess(reconstruction, output_type=output_type)
 
