@@ -38,7 +38,7 @@ WARMUP_SECONDS = 3.0
 LARGEST_NORM = 0.05  # of a gradient, as CDLNet's
 DROP = 1.0  # dB below the best held-out figure, at which training returns to that state
 SLOWER = 0.7  # the learning rate from there
-CHECKPOINTS_APART = 25.0  # seconds
+CHECKPOINTS_APART, FIRST_CHECK = 25.0, 8.0  # seconds
 MEASUREMENT_SECONDS = 15.0
 
 
@@ -250,8 +250,10 @@ def train(options: argparse.Namespace) -> None:
 
     folder: Path = options.output
     folder.mkdir(parents=True, exist_ok=True)
-    best, best_state, factor = -math.inf, None, 1.0
-    done, checked, shown, history = 0, steps_start, steps_start, []
+    best, factor = -math.inf, 1.0
+    best_state = {name: value.detach().cpu().clone() for name, value in model.state_dict().items()}
+    done, history = 0, []
+    shown, next_check = steps_start, steps_start + min(FIRST_CHECK, options.checkpoint_seconds)
 
     def check(loss: float) -> None:
         """Held-out figures; keeps and saves the best state, or returns to it."""
@@ -264,7 +266,7 @@ def train(options: argparse.Namespace) -> None:
             best = found
             best_state = {name: value.detach().cpu().clone() for name, value in model.state_dict().items()}
             save(model, best_state, folder)
-        elif not found > best - DROP and best_state is not None:
+        elif not found > best - DROP:
             factor *= SLOWER
             model.load_state_dict(best_state)  # in place, where a graph finds it
             for state in step.optimizer.state.values():
@@ -286,9 +288,9 @@ def train(options: argparse.Namespace) -> None:
         if now - shown > options.progress_seconds:
             shown = now
             print(f"step {done}, {now - start:.0f} s, loss {loss.item():.5f}, rate {rate:.2e}", flush=True)
-        if now - checked > options.checkpoint_seconds:
+        if now > next_check:
             check(loss.item())
-            checked = time.monotonic()
+            next_check = time.monotonic() + options.checkpoint_seconds
     check(loss.item())
     finished = time.monotonic()
 
