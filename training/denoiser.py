@@ -9,7 +9,6 @@ CPU it is for trying it out.
 """
 
 import argparse
-import copy
 import json
 import math
 import sys
@@ -28,7 +27,7 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "src"))  # rather than what is installed, if anything
 from steps import Replay, make_adam, set_learning_rate
 
-from ctrl_csc_hf.denoiser import CtrlCscDenoiser, CtrlCscDenoiserConfig
+from ctrl_csc_hf.denoiser_ctrl_csc import CtrlCscDenoiser, CtrlCscDenoiserConfig
 
 PIXEL_STD = 127.5  # of 255 levels, the unit of pixels in [-1, 1]
 TRAINED_LEVELS = (5.0, 55.0)  # of 255
@@ -162,10 +161,8 @@ def shifted(model: CtrlCscDenoiser, noisy: Tensor, noise_std: Tensor) -> Tensor:
 
 
 def save(model: CtrlCscDenoiser, state: dict[str, Tensor], folder: Path) -> None:
-    """In float16."""
-    saved = copy.deepcopy(model).cpu()
-    saved.load_state_dict(state)
-    saved.half().save_pretrained(folder)
+    """The file in float16, half as large; the model is loaded in float32."""
+    model.save_pretrained(folder, state_dict={name: value.half() for name, value in state.items()})
 
 
 def milliseconds(step: Callable[..., Tensor], draw: Callable[[], tuple[Tensor, ...]], count: int) -> float:
@@ -308,7 +305,7 @@ def train(options: argparse.Namespace) -> None:
         "MB": (folder / "model.safetensors").stat().st_size / 1e6,
         "history": history,
     }
-    saved = CtrlCscDenoiser.from_pretrained(folder, dtype=torch.float32).to(device).eval()
+    saved = CtrlCscDenoiser.from_pretrained(folder).to(device).eval()
     test = read_photographs(options.data, "test")[: options.measured]
     for level in TEST_LEVELS:
         for name, shifts in (("", False), (", all shifts", True)):
@@ -333,8 +330,8 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--crop", type=int, default=96)
     parser.add_argument("--atoms", type=int, default=128)
-    parser.add_argument("--kernel", type=int, default=8)
-    parser.add_argument("--iterations", type=int, default=16)
+    parser.add_argument("--kernel", type=int, default=6)
+    parser.add_argument("--iterations", type=int, default=18)
     parser.add_argument("--dictionaries", type=int, help="pairs of dictionaries of the steps; by default one a step")
     parser.add_argument("--learning_rate", type=float, default=1e-3)
     parser.add_argument("--precision", choices=("auto", "bfloat16", "tf32"), default="auto")

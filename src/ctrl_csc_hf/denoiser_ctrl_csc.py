@@ -35,10 +35,10 @@ class CtrlCscDenoiserConfig(PreTrainedConfig):
 
     num_channels: int = 3
     num_atoms: int = 128
-    kernel_size: int = 8
+    kernel_size: int = 6
     stride: int = 2
-    num_iterations: int = 16
-    num_dictionaries: int = 1
+    num_iterations: int = 18
+    num_dictionaries: int = 18
 
 
 class CtrlCscDenoiser(PreTrainedModel):
