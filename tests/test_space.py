@@ -28,7 +28,7 @@ from test_halves import trained_model
 from test_hub import WITHOUT_THE_PACKAGE, needs_downloaded_code, publish
 from test_readme import COMMANDS
 
-from ctrl_csc_hf import CtrlCscImageProcessor, CtrlCscModel, CtrlCscPipeline, anatomy
+from ctrl_csc_hf import CtrlCscConfig, CtrlCscImageProcessor, CtrlCscModel, CtrlCscPipeline, anatomy
 from ctrl_csc_hf.sampling import LatentSampler
 
 SPACE = Path(__file__).parents[1] / "spaces" / "ctrl-csc"
@@ -251,6 +251,19 @@ def test_what_atoms_add_is_what_anatomy_finds_and_adds_up(normalization: str) ->
     expected, bias = anatomy.contributions(decoder, latents, 1)
     torch.testing.assert_close(parts, expected, atol=1e-4, rtol=1e-4)
     torch.testing.assert_close(before_tanh, expected.sum(dim=0) + bias, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("low_pass", [False, True])
+def test_atoms_in_pixels_of_all_stages_are_those_of_anatomy(low_pass: bool) -> None:
+    torch.manual_seed(0)
+    decoder = CtrlCscModel(CtrlCscConfig(image_size=16, latent_dim=6, low_pass=low_pass)).decoder
+    for stage, reach in ((1, 4), (2, 10)):
+        chosen = torch.tensor([2, 0])
+        pictures = APP["atoms_in_pixels"](decoder, stage, chosen)
+        expected = anatomy.atoms_in_pixels(decoder, stage)[chosen]
+        assert expected.shape[-1] == reach
+        where = slice(7, 11) if stage == 1 else slice(5, 15)
+        torch.testing.assert_close(pictures[:, :, where, where], expected)
 
 
 def test_atoms_in_pixels_are_those_of_anatomy_in_the_middle_of_the_image() -> None:

@@ -240,7 +240,11 @@ def atoms_in_pixels(decoder: Any, stage: int, chosen: torch.Tensor) -> torch.Ten
     signal[torch.arange(len(chosen)), chosen.cpu(), sizes[stage] // 2, sizes[stage] // 2] = 1
     signal = signal.to(decoder.device, decoder.dtype)
     for lower in reversed(range(stage)):
+        width = decoder.config.stage_channels[lower]
+        signal, low = signal[:, :width], signal[:, width:]
         signal = decoder.stages[lower].synthesize(signal, (sizes[lower], sizes[lower]))
+    if low.shape[1]:  # the low pass travels beside the first stage's codes
+        signal = signal * decoder.signal_unit + decoder.stages[0].interpolate(low, (sizes[0], sizes[0]))
     return signal
 
 
