@@ -119,11 +119,14 @@ def inpaint(model: Any, image: Tensor, missing: Tensor) -> Tensor:
         image: (n, 3, image_size, image_size), pixels in [-1, 1], of any value where missing.
         missing: bool (n, 1, image_size, image_size), not all of an image.
     """
-    known = ~missing
+    known, stage = ~missing, model.encoder.stages[0]
+    sparsity = stage.sparsity * model.encoder.signal_unit  # of residuals in pixels
     estimate = image.where(known, 0).sum(dim=(2, 3), keepdim=True) / known.sum(dim=(2, 3), keepdim=True)
     estimate = estimate.expand_as(image)
     for _ in range(COMPLETION_ROUNDS):
-        explained = explain(model.encoder.stages[0], image, estimate, known=known, num_iterations=COMPLETION_ITERATIONS)
+        explained = explain(
+            stage, image, estimate, known=known, sparsity=sparsity, num_iterations=COMPLETION_ITERATIONS
+        )
         estimate = model(explained.where(missing, image), return_dict=True).reconstruction
     return estimate
 

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 FRAME = 4  # pixels by which an image is reflected at its border, so that its border is not that of the codes
+TILE, MARGIN = 512, 64  # in pixels: sides of the tiles of large images, and how much more of the image each sees
 
 
 class CtrlCscDenoiserConfig(PreTrainedConfig):
@@ -77,17 +78,18 @@ class CtrlCscDenoiser(PreTrainedModel):
             signal = F.conv_transpose2d(codes, atoms)
         return codes.norm()
 
-    def forward(self, noisy: Tensor, noise_std: Tensor) -> Tensor:
+    def forward(self, noisy: Tensor, noise_std: Tensor, low: Tensor | None = None) -> Tensor:
         """
         Args:
-            noisy: y (n, C, H, W), pixels in [-1, 1] with noise.
-            noise_std: (n,), its standard deviation.
+            noisy: y (n, C, H, W), pixels in [-1, 1] with noise, which need not be clipped.
+            noise_std: (n,), the standard deviation of the noise.
+            low: (n, C, 1, 1), what is taken out before coding and put back; by default the image's mean.
 
         Returns:
-            (n, C, H, W)
+            (n, C, H, W), not clipped either.
         """
         config = self.config
-        low = noisy.mean(dim=(2, 3), keepdim=True)
+        low = noisy.mean(dim=(2, 3), keepdim=True) if low is None else low
         signal = _framed(noisy - low, config.stride)
         blocks = F.pixel_unshuffle(signal, config.stride).contiguous(memory_format=torch.channels_last)
         analysis, synthesis = (self._in_blocks(atoms) for atoms in (self.analysis, self.synthesis))
@@ -103,6 +105,31 @@ class CtrlCscDenoiser(PreTrainedModel):
             detail = F.conv_transpose2d(codes.to(noisy.dtype), F.pixel_unshuffle(self.dictionary, config.stride))
             detail = F.pixel_shuffle(detail, config.stride)
             return low + detail[..., FRAME : FRAME + noisy.shape[-2], FRAME : FRAME + noisy.shape[-1]]
+
+    @torch.no_grad()
+    def denoise(self, noisy: Tensor, noise_std: float) -> Tensor:
+        """`forward` in little memory: large images in tiles, each with `MARGIN` more pixels around than it yields.
+
+        Args:
+            noisy: (n, C, H, W), of any size.
+            noise_std: of all images.
+
+        Raises:
+            ValueError: for a `noise_std` that is not positive and finite.
+        """
+        if not 0 < noise_std < float("inf"):
+            raise ValueError(
+                f"noise_std must be a finite number above 0, in units of pixels in [-1, 1], got {noise_std!r}"
+            )
+        levels, low = noisy.new_full((len(noisy),), noise_std), noisy.mean(dim=(2, 3), keepdim=True)
+        denoised = torch.empty_like(noisy)
+        for top in range(0, noisy.shape[2], TILE):
+            for left in range(0, noisy.shape[3], TILE):
+                above, before = min(top, MARGIN), min(left, MARGIN)  # even, as the stride wants
+                seen = noisy[..., top - above : top + TILE + MARGIN, left - before : left + TILE + MARGIN]
+                tile = self(seen, levels, low)[..., above : above + TILE, before : before + TILE]
+                denoised[..., top : top + TILE, left : left + TILE] = tile
+        return denoised
 
     def _in_blocks(self, atoms: Tensor) -> tuple[Tensor, ...]:
         blocks = F.pixel_unshuffle(atoms.flatten(0, 1), self.config.stride)
@@ -144,5 +171,9 @@ def _framed(image: Tensor, stride: int) -> Tensor:
         image = image.index_select(dim, index)
     return image
 
+
+# `save_pretrained` writes this file beside the weights, too, and where in it AutoModel finds the class.
+CtrlCscDenoiserConfig.register_for_auto_class()
+CtrlCscDenoiser.register_for_auto_class("AutoModel")
 
 __all__ = ["CtrlCscDenoiser", "CtrlCscDenoiserConfig"]

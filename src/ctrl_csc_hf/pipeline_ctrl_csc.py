@@ -61,6 +61,8 @@ class CtrlCscPipeline(DiffusionPipeline):
         model: a `CtrlCscModel`.
         image_processor: its `CtrlCscImageProcessor`, which says what counts as an image.
         sampler: its `LatentSampler`, which `sample` alone needs.
+        denoiser: a `CtrlCscDenoiser`, with which `denoise` takes photographs of any size. It has a repository of its
+            own and is not saved with the pipeline.
 
     ```python
     >>> from PIL import Image
@@ -75,13 +77,23 @@ class CtrlCscPipeline(DiffusionPipeline):
     model: Any
     image_processor: Any
     sampler: Any
-    _optional_components = ["sampler"]
+    denoiser: Any
+    _optional_components = ["sampler", "denoiser"]
 
     def __init__(
-        self, model: PreTrainedModel, image_processor: BaseImageProcessor, sampler: object | None = None
+        self,
+        model: PreTrainedModel,
+        image_processor: BaseImageProcessor,
+        sampler: object | None = None,
+        denoiser: PreTrainedModel | None = None,
     ) -> None:
         super().__init__()
-        self.register_modules(model=model.eval(), image_processor=image_processor, sampler=sampler)
+        self.register_modules(
+            model=model.eval(),
+            image_processor=image_processor,
+            sampler=sampler,
+            denoiser=None if denoiser is None else denoiser.eval(),
+        )
 
     @torch.no_grad()
     def __call__(
@@ -129,25 +141,49 @@ class CtrlCscPipeline(DiffusionPipeline):
         return output if return_dict else output.to_tuple()
 
     @torch.no_grad()
-    def denoise(self, image: Any, noise_std: float, batch_size: int = 64, output_type: str = "pil") -> Images:
-        """Images without their noise: the reconstruction xh(y), and a sparse code of what it leaves, xh(y) + A(z).
+    def denoise(
+        self, image: Any, noise_std: float, batch_size: int = 64, output_type: str = "pil"
+    ) -> Images | list[np.ndarray] | list[Tensor]:
+        """Images without their noise, by the pipeline's denoiser or, where it has none, by its model.
 
+        The denoiser gives each image back in its own size, see `CtrlCscDenoiser`. The model works in its own size. It
+        gives the reconstruction xh(y), and a sparse code of what that leaves, xh(y) + A(z):
         z = argmin_{z >= 0} lambda |z|_1 + 1/2 |y - xh(y) - A(z)|^2, with the first stage's dictionary. lambda belongs
         to the noise: `model.config.denoising_sparsity`, which `calibrate_denoising` sets, or 3 noise_std^2 where it
         is unset. A lambda above all that the residual holds gives the reconstruction, a lambda of 0 the noisy image.
 
         Args:
-            image, batch_size, output_type: see `__call__`.
+            image, batch_size, output_type: see `__call__`. Images of different sizes come one by one.
             noise_std: standard deviation of the noise, in units of pixels in [-1, 1]: twice that of pixels in [0, 1].
+
+        Returns:
+            As in `CtrlCscPipelineOutput`; of images of different sizes a list, each (height, width, 3) for "np" and
+            (3, height, width) for "pt".
 
         Raises:
             ValueError: for a `noise_std` that is not positive and finite; else as `__call__`.
         """
         self._check(batch_size, output_type)
+        if self.denoiser is not None:
+            return self._denoise_in_own_size(image, noise_std, batch_size, output_type)
         sparsity = denoising_sparsity(self.model.config, noise_std)
         batches = self.progress_bar(self._preprocess(image).split(batch_size))
         denoised = torch.cat([denoise(self.model, batch, sparsity) for batch in batches])
         return self.image_processor.postprocess(denoised, output_type=output_type)
+
+    def _denoise_in_own_size(
+        self, image: Any, noise_std: float, batch_size: int, output_type: str
+    ) -> Images | list[np.ndarray] | list[Tensor]:
+        own = self.image_processor(image, do_resize=False, do_center_crop=False).pixel_values
+        pixel_values = [torch.as_tensor(pixels).to(self.denoiser.device, self.denoiser.dtype) for pixels in own]
+        if len({pixels.shape for pixels in pixel_values}) == 1:
+            batches = torch.stack(pixel_values).split(batch_size)
+        else:
+            batches = tuple(pixels[None] for pixels in pixel_values)
+        denoised = [self.denoiser.denoise(batch, noise_std) for batch in self.progress_bar(batches)]
+        if len({batch.shape[1:] for batch in denoised}) == 1:
+            return self.image_processor.postprocess(torch.cat(denoised), output_type=output_type)
+        return [self.image_processor.postprocess(batch, output_type=output_type)[0] for batch in denoised]
 
     @torch.no_grad()
     def calibrate_denoising(self, image: Any, noise_std: Sequence[float] = NOISE_LEVELS) -> list[list[float]]:
@@ -244,7 +280,7 @@ class CtrlCscPipeline(DiffusionPipeline):
 
         Args:
             pretrained_model_name_or_path: a folder or a Hub repository.
-            kwargs: `model`, `image_processor` or `sampler`, which then are not loaded; `revision`, `token`,
+            kwargs: `model`, `image_processor` or `sampler`, which then are not loaded; `denoiser`; `revision`, `token`,
                 `cache_dir`, `force_download`, `local_files_only`, as of `snapshot_download`; `trust_remote_code`; the
                 rest, such as `dtype` and `device_map`, is passed to `AutoModel.from_pretrained`.
 
@@ -252,7 +288,7 @@ class CtrlCscPipeline(DiffusionPipeline):
             OSError, ValueError: if model or image processor are not there.
         """
         name = str(pretrained_model_name_or_path)
-        given = {part: kwargs.pop(part) for part in ("model", "image_processor", SAMPLER) if part in kwargs}
+        given = {part: kwargs.pop(part) for part in ("model", "image_processor", SAMPLER, "denoiser") if part in kwargs}
         hub = {keyword: kwargs.pop(keyword) for keyword in HUB_KEYWORDS if keyword in kwargs}
         trust = {"trust_remote_code": kwargs.pop("trust_remote_code", False)}
         folder = Path(name) if Path(name).is_dir() else Path(snapshot_download(name, **hub))
