@@ -251,9 +251,11 @@ def masks(count: int, size: int) -> dict[str, Tensor]:
         f"{share:.0%} of pixels": torch.rand(count, 1, size, size, generator=generator) < share
         for share in (0.25, 0.5, 0.75)
     }
-    block = torch.zeros(count, 1, size, size, dtype=torch.bool)
-    block[:, :, size // 4 : size - size // 4, size // 4 : size - size // 4] = True
-    return {**missing, f"block of {size // 2} x {size // 2}": block}
+    for side in (size * 5 // 16, size // 2):
+        block, start = torch.zeros(count, 1, size, size, dtype=torch.bool), (size - side) // 2
+        block[:, :, start : start + side, start : start + side] = True
+        missing[f"block of {side} x {side}"] = block
+    return missing
 
 
 @torch.no_grad()
