@@ -13,12 +13,13 @@ import argparse
 import copy
 import gc
 import json
+import math
 import multiprocessing
 import re
 import sys
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Iterator
 from contextlib import redirect_stderr, redirect_stdout
 from functools import partial
 from pathlib import Path
@@ -34,16 +35,17 @@ from ema import CALIBRATION_IMAGES, evaluated_model, held_out_figures, recompute
 from packed import pack, read_pixels, to_pixel_values
 from phases import Phases
 from rivals import two_phase_step, with_plain_stages
-from settings import TrainingSettings
+from settings import ENCODERS, TrainingSettings
 from steps import EAGER_CALLS, REFINED_STEPS, StepFigures
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 from transformers import AutoModel
-from warmup import invert_encoder
+from warmup import invert_encoder, principal_directions
 
-from ctrl_csc_hf import CtrlCscConfig, CtrlCscImageProcessor, CtrlCscModel
+from ctrl_csc_hf import CtrlCscImageProcessor, CtrlCscModel
 from ctrl_csc_hf.closed_loop import player_parameters
+from ctrl_csc_hf.metrics import FrechetDistance, KernelDistance, VisionFeatures
 from ctrl_csc_hf.presets import load_preset
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -100,16 +102,20 @@ def as_table(rows: dict[str, Figures]) -> str:
 
 
 def read_preset(options: argparse.Namespace, preset: str) -> tuple[CtrlCscModel, TrainingSettings, dict[str, int]]:
-    """A new model, settings, and number of steps by phase."""
+    """Model, settings, and number of steps by phase."""
     sections = load_preset(preset)
-    torch.manual_seed(0)
-    model = CtrlCscModel(CtrlCscConfig(**(TINY if options.short else sections["model"])))
     settings = TrainingSettings(**sections["training"])
+    torch.manual_seed(settings.seed)
     steps = {
         "energy": settings.energy_warmup_steps,
         "fit": settings.deconvolution_warmup_steps,
         "game": settings.max_train_steps,
     }
+    if settings.pretrained_model_name_or_path:
+        model, steps["energy"], steps["fit"] = AutoModel.from_pretrained(settings.pretrained_model_name_or_path), 0, 0
+    else:
+        config = ENCODERS[settings.encoder](**(TINY if options.short else sections["model"]))
+        model = AutoModel.from_config(config)
     return model.train().to(DEVICE, memory_format=torch.channels_last), settings, steps
 
 
@@ -194,71 +200,147 @@ class CountOperations(TorchDispatchMode):
 # Training
 
 
-def train(options: argparse.Namespace, graphs: list[str], figures: Figures) -> None:
-    """The phases of the preset, all longer or shorter by one factor, in `train_seconds` from here to their end, or in
-    what is left of them.
-    """
-    start = time.monotonic()
-    allowed = min(options.train_seconds, options.end - EVALUATION_SECONDS - start)
-    model, settings, preset_steps = read_preset(options, options.preset)
-    size, batch = model.config.image_size, options.batch_size or (8 if options.short else settings.train_batch_size)
-    pixels = read_pixels(options.data, "train", size).to(DEVICE)
-    generator = torch.Generator(DEVICE).manual_seed(settings.seed)
+class Training:
+    """One of several that share the GPU, each with a stream of its own, so that small kernels run side by side.
 
-    def draw(count: int) -> Tensor:
-        chosen = pixels[torch.randint(len(pixels), (count,), generator=generator, device=DEVICE)]
-        flips = torch.rand(count, 1, 1, 1, generator=generator, device=DEVICE) < 0.5
+    Args:
+        preset: its name or path.
+        pixels: "train" and "held_out" images (n, 3, size, size), uint8, the first on the device.
+        graphs: phases whose step is one CUDA graph.
+    """
+
+    def __init__(
+        self, options: argparse.Namespace, preset: str, pixels: dict[str, Tensor], graphs: Collection[str]
+    ) -> None:
+        self.options, self.name, self.pixels, self.graphs = options, Path(preset).stem, pixels, graphs
+        self.model, self.settings, self.steps = read_preset(options, preset)
+        self.batch = options.batch_size or (8 if options.short else self.settings.train_batch_size)
+        self.generator = torch.Generator(DEVICE).manual_seed(self.settings.seed)
+        self.calibration = self.draw(CALIBRATION_IMAGES if GPU else 4 * self.batch)
+        self.calibration_batch = max(self.batch, len(self.calibration) // 4)
+        self.stream = torch.cuda.Stream() if GPU else None
+        self.figures: Figures = {}
+
+    def draw(self, count: int) -> Tensor:
+        pixels = self.pixels["train"]
+        chosen = pixels[torch.randint(len(pixels), (count,), generator=self.generator, device=DEVICE)]
+        flips = torch.rand(count, 1, 1, 1, generator=self.generator, device=DEVICE) < 0.5
         return to_pixel_values(torch.where(flips, chosen.flip(3), chosen))
 
-    def make_step(phases: Phases, name: str) -> dict[str, Tensor]:
-        return phases(name, draw(batch))
+    def trial(self) -> Callable[[], object]:
+        """A step of the phase with the most steps, of a copy of the model."""
+        phases = Phases(copy.deepcopy(self.model), self.settings, self.steps, graphs=self.graphs)
+        name = max(self.steps, key=lambda name: self.steps[name])
+        phases.begin(name)
 
-    calibration = draw(CALIBRATION_IMAGES if GPU else 4 * batch)
-    trial = Phases(copy.deepcopy(model), settings, preset_steps, graphs=graphs)
-    planned = {name: count for name, count in preset_steps.items() if count}
-    timed = 0.05 if options.short else 0.5
-    spent = {name: milliseconds(partial(make_step, trial, name), timed) for name in planned}
-    del trial
-    free_memory()
-    setup = time.monotonic() - start
-    factor = (allowed - setup) * 1e3 / sum(spent[name] * count for name, count in planned.items())
-    steps = preset_steps | {name: max(1, int(count * factor)) for name, count in planned.items()}
-    figures |= {f"{name}, ms": taken for name, taken in spent.items()} | {"before the first step, s": setup}
+        def step() -> None:
+            with torch.cuda.stream(self.stream):
+                phases(name, self.draw(self.batch))
 
-    phases, of_steps, history = Phases(model, settings, steps, graphs=graphs), StepFigures(), []
-    last = next(name for name in ("fit", "energy", "game") if steps[name])  # before the game, if anything is
-    for name, count in steps.items():
-        for step in range(count):
-            if step < REFINED_STEPS:
-                model.project_parameters()
-            of_steps.keep(step + 1, make_step(phases, name))
-            if (step + 1) % LOGGED_STEPS == 0 or step + 1 == count:
-                read = of_steps.read(everything=True)
-                history += [{"phase": name, "step": number, **values} for number, values in read]
-                if time.monotonic() - start > 1.1 * allowed:
-                    steps[name] = step + 1  # slower than in the trial
-                    break
-        phases.launches.pop(name)
+        return step
+
+    def run(self, last_moment: float) -> Iterator[None]:
+        """All its steps, and a stop after each; no more of a phase where it is later than `last_moment`."""
+        model, steps, history = self.model, self.steps, []
+        phases, of_steps = Phases(model, self.settings, steps, graphs=self.graphs), StepFigures()
+        for name, count in steps.items():
+            phases.begin(name)
+            for step in range(count):
+                if step < REFINED_STEPS:
+                    model.project_parameters()
+                of_steps.keep(step + 1, phases(name, self.draw(self.batch)))
+                if (step + 1) % LOGGED_STEPS == 0 or step + 1 == count:
+                    read = of_steps.read(everything=True)
+                    history += [{"phase": name, "step": number, **values} for number, values in read]
+                    if (step + 1) % (10 * LOGGED_STEPS) == 0 and name == "game":
+                        print(f"{self.name}: {name}, step {step + 1}: {history[-1]['psnr']:.2f} dB", flush=True)
+                    if time.monotonic() > last_moment:
+                        steps[name] = step + 1  # slower than in the trial
+                        break
+                yield
+            phases.launches.pop(name)
+            free_memory()
+            if name == "energy" and count:
+                phases.begin("fit")
+                recompute_statistics(model, self.calibration, self.calibration_batch)
+                principal_directions(model, self.calibration, self.calibration_batch)
+                invert_encoder(model, self.calibration)
+            if name == "fit":
+                recompute_statistics(model, self.calibration, self.calibration_batch)
+                phases.average.advance()
+                phases.average.update(phases.parameters)
+        self.folder = self.options.output / self.name
+        self.model = evaluated_model(model, phases.average, self.calibration, self.calibration_batch)
+        save_in_float16(self.model, self.folder)
+        logged = [json.dumps(record) for record in history if record["step"] % LOGGED_STEPS in (0, 1)]
+        (self.folder / "history.jsonl").write_text("\n".join(logged) + "\n", encoding="utf-8")
+
+    def measure(self) -> None:
+        """Figures of what was saved, on held-out images."""
+        saved = AutoModel.from_pretrained(self.folder).to(DEVICE).eval()
+        held_out = to_pixel_values(self.pixels["held_out"][: self.options.held_out_images])
+        self.figures |= {f"steps of {name}": count for name, count in self.steps.items()}
+        self.figures |= {"batch": self.batch, "training images": len(self.pixels["train"])}
+        self.figures |= {"model, MB": (self.folder / "model.safetensors").stat().st_size / 1e6}
+        self.figures |= {"held-out images": len(held_out)}
+        self.figures |= held_out_figures(saved, held_out, 256, self.settings.distortion)[0]
+        active = torch.zeros(len(saved.config.stage_channels))
+        networks = [
+            (name, VisionFeatures(name, size, DEVICE), FrechetDistance(), KernelDistance())
+            for name, size in zip(self.options.feature_model, self.options.feature_size, strict=True)
+        ]
+        with torch.no_grad():
+            for batch in held_out.split(250):
+                output = saved(batch.to(DEVICE), output_codes=True)
+                active += torch.tensor([(c != 0).float().mean().item() for c in output.codes]) * len(batch)
+                for _, network, *distances in networks:
+                    pair = network(batch.to(DEVICE)), network(output.reconstruction)
+                    for distance in distances:
+                        distance.update(*pair)
+        self.figures |= {f"active codes, stage {i}": s / len(held_out) for i, s in enumerate(active.tolist(), 1)}
+        for name, _, *distances in networks:
+            for distance in distances:
+                self.figures |= {f"{k}, {Path(name).name}": value for k, value in distance.compute().items()}
+
+
+def train(options: argparse.Namespace, graphs: list[str], figures: Figures) -> None:
+    """The presets' trainings, at the same time. With `train_seconds` the phases of all are longer or shorter by one
+    factor, so that they end then.
+    """
+    start = time.monotonic()
+    read: dict[tuple[Path, int], dict[str, Tensor]] = {}
+    trainings = []
+    for index, preset in enumerate(options.preset):
+        size = TINY["image_size"] if options.short else load_preset(preset)["model"]["image_size"]
+        data = (options.data[min(index, len(options.data) - 1)], size)
+        if data not in read:
+            read[data] = {part: read_pixels(data[0], part, size) for part in ("train", "held_out")}
+            read[data]["train"] = read[data]["train"].to(DEVICE)
+        trainings.append(Training(options, preset, read[data], graphs))
+    last_moment = math.inf
+    if options.train_seconds:
+        allowed = min(options.train_seconds, options.end - EVALUATION_SECONDS - start)
+        trials = [training.trial() for training in trainings]
+        taken = figures["a step of each, ms"] = milliseconds(lambda: [step() for step in trials], seconds=0.5)
+        del trials
         free_memory()
-        if name == "energy" and count:
-            recompute_statistics(model, calibration, batch)
-            invert_encoder(model, calibration)
-        if name == last != "game":
-            recompute_statistics(model, calibration, batch)
-            phases.average.advance()
-            phases.average.update(phases.parameters)
-    logged = [json.dumps(record) for record in history if record["step"] % LOGGED_STEPS in (0, 1)]
-    (options.output / "history.jsonl").write_text("\n".join(logged) + "\n", encoding="utf-8")
-    figures |= {f"steps of {name}": count for name, count in steps.items()}
-    figures |= {"batch": batch, "training images": len(pixels), "all steps done, s": time.monotonic() - start}
-
-    folder = options.output / "model"
-    save_in_float16(evaluated_model(model, phases.average, calibration, batch), folder)
-    figures["model, MB"] = (folder / "model.safetensors").stat().st_size / 1e6
-    saved = AutoModel.from_pretrained(folder).to(DEVICE).eval()
-    held_out = to_pixel_values(read_pixels(options.data, "held_out", size))
-    figures |= {"held-out images": len(held_out)}
-    figures |= held_out_figures(saved, held_out, 256, settings.distortion)[0]
+        figures["before the first step, s"] = time.monotonic() - start
+        most = max(sum(training.steps.values()) for training in trainings)
+        factor = (start + allowed - time.monotonic()) * 1e3 / (taken * most)
+        print(f"{taken:.1f} ms for a step of each, all phases {factor:.2f} times as long", flush=True)
+        last_moment = start + 1.1 * allowed
+        for training in trainings:
+            training.steps = {name: max(1, int(n * factor)) if n else 0 for name, n in training.steps.items()}
+    running = [(training, training.run(last_moment)) for training in trainings]
+    while running:
+        for training, steps in list(running):
+            with torch.cuda.stream(training.stream):
+                if next(steps, "over") == "over":
+                    running.remove((training, steps))
+    figures["all steps done, s"] = time.monotonic() - start
+    for training in trainings:
+        training.measure()
+        Results(options.output).add("train", training.name, training.figures)
 
 
 def save_in_float16(model: CtrlCscModel, folder: Path) -> None:
@@ -308,9 +390,10 @@ def plan_train(options: argparse.Namespace) -> Plan:
     """As graphs; where that failed without the game's, then eagerly."""
     ways = {"graph": ["energy", "fit", "game"], "graph but for the game": ["energy", "fit"], "eager": []}
     plan, found = {}, Results(options.output).rows("train")
+    presets = ", ".join(Path(preset).stem for preset in options.preset)
     for way, graphs in ways.items():
         if GPU or not graphs:
-            plan[row := f"{options.preset}, {way}"] = partial(train, options, graphs)
+            plan[row := f"{presets}: {way}"] = partial(train, options, graphs)
             if "error" not in found.get(row, {}):
                 break
     return plan
@@ -331,6 +414,7 @@ def rows_left(piece: str, options: argparse.Namespace) -> Plan:
 def work(piece: str, options: argparse.Namespace) -> None:
     """The rows of a piece that are left, up to the first that fails: CUDA may be of no use to this process then."""
     results = Results(options.output)
+    torch.backends.cudnn.benchmark = True  # shapes are few
     for row, run in rows_left(piece, options).items():
         figures: Figures = {}
         try:
@@ -347,14 +431,14 @@ def work(piece: str, options: argparse.Namespace) -> None:
 
 def run_piece(piece: str, options: argparse.Namespace) -> None:
     """Starts processes for `work` until no row is left or the piece's time is over."""
-    limit = PIECES[piece][1] + (options.train_seconds if piece == "train" else 0)
+    limit = PIECES[piece][1] + ((options.train_seconds or math.inf) if piece == "train" else 0)
     options.end = time.monotonic() + limit
     # CUDA needs a fresh process; elsewhere a copy of this one saves the imports.
     processes = multiprocessing.get_context("spawn" if GPU else "fork")
     while left := list(rows_left(piece, options)):
         process = processes.Process(target=work, args=(piece, options))
         process.start()
-        process.join(max(0.0, options.end - time.monotonic()))
+        process.join(None if limit == math.inf else max(0.0, options.end - time.monotonic()))
         is_late = process.is_alive()
         if is_late:
             process.kill()
@@ -372,11 +456,14 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("action", nargs="?", choices=("run", "pack"), default="run")
     parser.add_argument("--output", type=Path, required=True, help="folder of the results; of pack, its file")
-    parser.add_argument("--data", type=Path, help="file that pack wrote, for the piece train")
+    parser.add_argument("--data", type=Path, nargs="+", help="file that pack wrote, or one a preset, to train on")
     parser.add_argument("--pieces", nargs="+", choices=list(PIECES), default=list(PIECES))
-    parser.add_argument("--preset", default="cifar10", help="what to train")
+    parser.add_argument("--preset", nargs="+", default=["cifar10"], help="what to train, all at the same time")
     parser.add_argument("--batch_size", type=int, help="of the training; by default the preset's")
-    parser.add_argument("--train_seconds", type=float, default=180.0, help="decoding, timing and all steps")
+    parser.add_argument("--train_seconds", type=float, default=180.0, help="of all; 0: the presets' own steps")
+    parser.add_argument("--feature_model", nargs="+", default=[], help="networks whose features are compared")
+    parser.add_argument("--feature_size", type=int, nargs="+", default=[], help="side in pixels for each of them")
+    parser.add_argument("--held_out_images", type=int, default=5000, help="to measure on")
     parser.add_argument("--short", action="store_true", help="tiny nets: tests the command, its figures mean nothing")
     parser.add_argument("--dataset", help="of pack: a Hub id, or a folder")
     parser.add_argument("--split", default="train", help="of pack: what to train on")
@@ -389,7 +476,7 @@ def main(arguments: list[str] | None = None) -> None:
         return pack(
             options.dataset, {"train": options.split, "held_out": options.held_out_split}, options.half, options.output
         )
-    if "train" in options.pieces and not (options.data and options.data.is_file()):
+    if "train" in options.pieces and not (options.data and all(path.is_file() for path in options.data)):
         parser.error(f"--data must be a file that pack wrote, for the piece train, got {options.data}")
     for piece in options.pieces:
         run_piece(piece, options)

@@ -50,6 +50,14 @@ def test_the_convolutional_encoder_is_convolution_batch_norm_leaky_relu() -> Non
     torch.testing.assert_close(model.encode(x).latents, F.normalize(vector), atol=1e-5, rtol=1e-4)
 
 
+def test_its_configuration_has_the_stages_of_its_image_size_and_is_checked() -> None:
+    assert ConvolutionalConfig(image_size=64).stage_channels == CtrlCscConfig(image_size=64).stage_channels
+    with pytest.raises(ValueError, match="latent_dim=0 is not allowed"):
+        ConvolutionalConfig(latent_dim=0)
+    with pytest.raises(ValueError, match="low_pass=True is not allowed: it must be False for ordinary convolutions"):
+        ConvolutionalConfig(low_pass=True)
+
+
 def test_it_is_saved_and_loaded_by_automodel(tmp_path: Path) -> None:
     torch.manual_seed(0)
     model = ConvolutionalModel(ConvolutionalConfig(**SHAPE)).eval()
@@ -96,6 +104,7 @@ def test_train_trains_both_and_squared_error_falls(train: Callable[..., Path]) -
         (("--encoder", "fourier"), "encoder must be one of"),
         (("--loop", "gan"), "loop must be one of"),
         (("--encoder", "convolution", "--energy", "1"), "must be 0 for encoder='convolution'"),
+        (("--encoder", "convolution", "--keep_dictionaries"), "keep_dictionaries must be off where energy_warmup"),
         (("--collapse_share", "2"), "collapse_share must be between 0 and 1"),
         (("--collapse_steps", "0"), "collapse_steps must be at least 1"),
     ],

@@ -87,10 +87,10 @@ def test_gpu_script_runs_where_the_libraries_of_training_are_missing_and_goes_on
     assert tests["passed" if gpu.GPU else "skipped"] > 10 and not tests["failures"]
     rival, *ours = rows["steps"].values()
     assert ours and all(row["times two phases (goal 4)"] == rival["game, ms"] / row["game, ms"] for row in ours)
-    (training,) = rows["train"].values()
+    training = rows["train"]["cifar10"]
     assert training["steps of fit"] >= training["steps of energy"] >= training["steps of game"] >= 1
     assert training["held_out_psnr"] > 0 and training["model, MB"] < 0.02
-    model = AutoModel.from_pretrained(tmp_path / "out" / "model")
+    model = AutoModel.from_pretrained(tmp_path / "out" / "cifar10")
     assert model.dtype == torch.float32 and model.config.image_size == 16
     assert "| cifar10, batch 8, two phases | " in (tmp_path / "out" / "gpu.md").read_text(encoding="utf-8")
     before = results.file.read_bytes()

@@ -377,6 +377,22 @@ def test_weights_of_the_codes_are_one_a_stage_or_one_for_all_and_none_is_negativ
             make_objective(**weights)
 
 
+@pytest.mark.parametrize(("channels", "weights"), [([4], [0.1, 0.2]), ([4, 4], [0.1, 0.2, 0.3]), ([4, 4], [0.1])])
+def test_another_number_of_weights_than_of_stages_is_refused_before_the_first_step(channels, weights):
+    model = CtrlCscModel(CtrlCscConfig(image_size=8 * len(channels), latent_dim=6, stage_channels=channels)).train()
+    optimizers = [torch.optim.SGD(parameters, 0.1) for parameters in player_parameters(model)]
+    with pytest.raises(ValueError, match=f"code_reduction must be one number or {len(channels)}, one a stage, got "):
+        ClosedLoop(model, make_objective(code_reduction=weights), *optimizers)
+    with pytest.raises(ValueError, match=r"code_reduction must be a finite number of at least 0, got \[\]"):
+        make_objective(code_reduction=[])
+
+
+def test_a_decoder_without_a_parameter_of_its_own_is_refused():
+    shape = {"image_size": 8, "latent_dim": 6, "stage_channels": [4], "decoder_normalization": "inverse"}
+    with pytest.raises(ValueError, match="decoder_affine must be True where dictionaries are shared"):
+        player_parameters(CtrlCscModel(CtrlCscConfig(**shape, decoder_affine=False)))
+
+
 @pytest.mark.parametrize("weight", [0.0, 0.7])
 @pytest.mark.parametrize("statistics", ["own", "images"])
 @pytest.mark.parametrize(("shared", "normalization"), ARCHITECTURES, ids=ARCHITECTURE_IDS)

@@ -9,10 +9,10 @@ from safetensors.torch import load_file
 
 from ctrl_csc_hf import CtrlCscConfig, CtrlCscDecoder, CtrlCscEncoder, CtrlCscModel
 
-ARCHITECTURES = [(shared, norm) for shared in (False, True) for norm in ("batch_norm", "inverse")]
+ARCHITECTURES = [(shared, norm) for shared in (False, "last", True) for norm in ("batch_norm", "inverse")]
 
 
-def trained_model(shared: bool, normalization: str) -> CtrlCscModel:
+def trained_model(shared: bool | str, normalization: str) -> CtrlCscModel:
     """A tiny model none of whose tensors has the value that a new model gives it."""
     torch.manual_seed(0)
     config = CtrlCscConfig(image_size=8, latent_dim=6, stage_channels=[4], kernel_sizes=[4, 4], strides=[2, 1],
@@ -28,7 +28,7 @@ def trained_model(shared: bool, normalization: str) -> CtrlCscModel:
 
 @pytest.mark.parametrize(("shared", "normalization"), ARCHITECTURES)
 def test_each_half_loads_all_it_needs_from_the_whole_models_folder(
-    shared: bool, normalization: str, tmp_path: Path
+    shared: bool | str, normalization: str, tmp_path: Path
 ) -> None:
     model = trained_model(shared, normalization)
     model.save_pretrained(tmp_path)
@@ -45,7 +45,7 @@ def test_each_half_loads_all_it_needs_from_the_whole_models_folder(
 
 
 @pytest.mark.parametrize(("shared", "normalization"), ARCHITECTURES)
-def test_a_half_saved_alone_loads_again(shared: bool, normalization: str, tmp_path: Path) -> None:
+def test_a_half_saved_alone_loads_again(shared: bool | str, normalization: str, tmp_path: Path) -> None:
     model = trained_model(shared, normalization)
     model.save_pretrained(tmp_path / "whole")
     for loaded_class in (CtrlCscEncoder, CtrlCscDecoder):

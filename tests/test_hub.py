@@ -178,6 +178,28 @@ def test_an_export_replaces_that_of_another_model_in_its_folder(tmp_path: Path) 
     assert b"17.5" in first["README.md"] and b"17.5" not in left["README.md"]
 
 
+def test_a_model_saved_anew_into_an_export_takes_no_card_figures_or_sampler_of_the_old_one(tmp_path: Path) -> None:
+    checkpoint = a_checkpoint(tmp_path / "checkpoint", trained_model(True, "batch_norm"))
+    LatentSampler(torch.ones(1), torch.zeros(1, 6), [torch.eye(6)]).save_pretrained(checkpoint / "sampler")
+    model = CtrlCscModel.from_pretrained(checkpoint)
+    out = export(model, tmp_path / "out", checkpoint=checkpoint)
+    own = {"notes.md": b"mine", "examples/own.png": b"mine", "examples/own.txt": b"mine", "samples/own.png": b"mine"}
+    for name, content in own.items():
+        (out / name).parent.mkdir(exist_ok=True)
+        (out / name).write_bytes(content)
+    first = files(out)
+    model.save_pretrained(out)
+    assert files(out).keys() == first.keys()
+    with torch.no_grad():
+        model.decoder.output_bias.add_(1)
+    model.save_pretrained(out)
+    left = files(out)
+    gone = {"metrics.json", "training_args.json", "reconstructions.png", "examples/0.png", "examples/1.png"}
+    gone |= {"README.md", "handler.py", "architecture.png"}
+    assert first.keys() - left.keys() == gone | {"sampler/model.safetensors", "sampler/sampling_ctrl_csc.py"}
+    assert own.items() <= left.items()
+
+
 @pytest.mark.parametrize("shared", [False, True])
 def test_half_the_bytes_give_nearly_the_same_model_in_its_own_precision(shared: bool, tmp_path: Path) -> None:
     model = trained_model(shared, "inverse" if shared else "batch_norm")
@@ -189,7 +211,7 @@ def test_half_the_bytes_give_nearly_the_same_model_in_its_own_precision(shared: 
     dictionaries = {dictionary.dictionary for dictionary in model.dictionaries()}
     assert sizes[0] - sizes[1] == 2 * sum(dictionary.numel() for dictionary in dictionaries)
     loaded = CtrlCscModel.from_pretrained(half).eval()
-    assert loaded.dtype == torch.float32
+    assert loaded.dtype == DiffusionPipeline.from_pretrained(half, trust_remote_code=True).model.dtype == torch.float32
     assert all(dictionary.has_unit_atoms() for dictionary in loaded.dictionaries())
     images = torch.rand(4, 3, model.config.image_size, model.config.image_size) * 2 - 1
     with torch.no_grad():

@@ -190,6 +190,25 @@ def test_settings_that_a_resumed_run_changed_are_told(checkpoint: Path) -> None:
     assert "somebody" not in card and "train_data_dir" not in card
 
 
+@pytest.mark.parametrize(
+    ("setting", "before", "after", "told", "untold"),
+    [
+        ("pixel_error", 50.0, 0.0, "In the end, with J = ", "No loss of the game"),
+        ("objective", "multi", "binary", "J alone uses labels", "No labels are used"),
+        ("loop", "squared_error", "closed_loop", "In the end, with J = ", "No loss of the game"),
+        ("encoder_learning_rate", 1e-4, 0.0, "In the end, with J = ", "- With J = "),
+    ],
+)
+def test_what_a_resumed_run_did_before_is_not_denied(
+    setting: str, before: Any, after: Any, told: str, untold: str, checkpoint: Path
+) -> None:
+    for step, is_told in ((40, True), (0, False), (-5, False)):  # the game begins at 0
+        change = {"step": step, "setting": setting, "before": before, "after": after}
+        change_settings(checkpoint, changed_on_resume=[change], **{setting: after})
+        card = card_of(checkpoint)
+        assert (told in card, untold in card) == (is_told, not is_told), step
+
+
 def test_a_model_that_has_not_played_the_game_does_not_claim_it(checkpoint: Path) -> None:
     change_settings(checkpoint, loop="squared_error")
     card = card_of(checkpoint)

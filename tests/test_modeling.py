@@ -71,7 +71,9 @@ def tied_tensors(model: CtrlCscModel) -> dict[str, bool]:
     """Of every tensor that design gives to both halves: is it one object?"""
     names = []
     if model.config.share_dictionaries:
-        names += ["stages.0.dictionary", "stages.1.dictionary", "last_stage.dictionary"]
+        names.append("last_stage.dictionary")
+    if model.config.share_dictionaries is True:
+        names += ["stages.0.dictionary", "stages.1.dictionary"]
     if model.config.decoder_normalization == "inverse":
         kinds = ("weight", "bias", "running_mean", "running_var")
         names += ["latent_norm", *(f"norms.{layer}.{kind}" for layer in (0, 1) for kind in kinds)]
@@ -570,7 +572,7 @@ def test_latents_of_the_wrong_size_are_an_error_that_names_both_sizes(shape):
         ("sparsity", [0.1, 0.2, 0.3], "or a list of 2, one a sparse-coding stage"),
         ("num_iterations", [2, 0], "a positive integer, or a list of 2"),
         ("strides", "221", "list"),
-        ("share_dictionaries", "yes", "expected bool"),
+        ("share_dictionaries", "yes", "True, False or 'last'"),
     ],
 )
 def test_wrong_configuration_is_an_error_that_names_field_value_and_what_is_allowed(field, value, allowed):

@@ -236,14 +236,17 @@ def test_the_card_and_its_figures_come_along_while_the_weights_are_theirs(
             name: (published / name).read_bytes() for name in records
         }
     assert "README.md" not in saved(CtrlCscPipeline.from_pretrained(checkpoint), "of a folder without a card")
+    caplog.clear()
+    assert records.isdisjoint(saved(CtrlCscPipeline.from_pretrained(published, sparsity=0.5), "another lambda"))
+    assert "its weights or its configuration are others" in caplog.text
     with torch.no_grad():
         loaded.model.decoder.output_bias.add_(1)
     caplog.clear()
     assert records.isdisjoint(saved(loaded, "trained further"))
-    assert "its weights are others" in caplog.text
+    assert "its weights or its configuration are others" in caplog.text
 
 
-@pytest.mark.parametrize("change", ["other weights", "other shapes", "none"])
+@pytest.mark.parametrize("change", ["other weights", "other shapes", "other steps", "none"])
 def test_what_a_folder_holds_of_another_model_is_removed_when_a_pipeline_is_saved_there(
     change: str, pipe: CtrlCscPipeline, tmp_path: Path
 ) -> None:
@@ -252,14 +255,17 @@ def test_what_a_folder_holds_of_another_model_is_removed_when_a_pipeline_is_save
     records = {"README.md", "metrics.json", "reconstructions.png", "training_args.json", "examples/0.png"}
     measured = {"rivals.png", "neighbours.png", "correlations.png", "evaluation/metrics.json", "evaluation/rivals.png"}
     records |= measured | {"history.json", "training_curve.png", "samples/step-000500.png"}
-    own = {"notes.md", "examples/own.txt", "metrics.csv", "samples/own.png", "evaluation/own.png"}
+    own = {"notes.md", "examples/own.txt", "examples/own.png", "metrics.csv", "samples/own.png", "evaluation/own.png"}
     for name in records | own:
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text(name, encoding="utf-8")
+    (tmp_path / "README.md").write_text("---\ntags:\n- ctrl-csc\n---\n", encoding="utf-8")
     saved = CtrlCscPipeline.from_pretrained(tmp_path, sampler=None)
     if change == "other weights":
         with torch.no_grad():
             saved.model.decoder.output_bias.add_(1)
+    elif change == "other steps":
+        saved = CtrlCscPipeline.from_pretrained(tmp_path, sampler=None, num_iterations=7)
     elif change == "other shapes":
         saved = CtrlCscPipeline(CtrlCscModel(CtrlCscConfig(**CONFIG | {"latent_dim": 4})), pipe.image_processor)
     saved.save_pretrained(tmp_path)

@@ -253,17 +253,26 @@ def test_what_atoms_add_is_what_anatomy_finds_and_adds_up(normalization: str) ->
     torch.testing.assert_close(before_tanh, expected.sum(dim=0) + bias, atol=1e-4, rtol=1e-4)
 
 
-@pytest.mark.parametrize("low_pass", [False, True])
-def test_atoms_in_pixels_of_all_stages_are_those_of_anatomy(low_pass: bool) -> None:
+def low_pass_model() -> CtrlCscModel:
     torch.manual_seed(0)
-    decoder = CtrlCscModel(CtrlCscConfig(image_size=16, latent_dim=6, low_pass=low_pass)).decoder
-    for stage, reach in ((1, 4), (2, 10)):
-        chosen = torch.tensor([2, 0])
-        pictures = APP["atoms_in_pixels"](decoder, stage, chosen)
-        expected = anatomy.atoms_in_pixels(decoder, stage)[chosen]
-        assert expected.shape[-1] == reach
-        where = slice(7, 11) if stage == 1 else slice(5, 15)
-        torch.testing.assert_close(pictures[:, :, where, where], expected)
+    return CtrlCscModel(CtrlCscConfig(image_size=16, latent_dim=6, low_pass=True, stage_channels=[4, 5])).eval()
+
+
+def test_of_a_low_pass_apart_every_stage_is_looked_into_as_anatomy_does(photos: list[Path]) -> None:
+    decoder = low_pass_model().decoder
+    latents = torch.nn.functional.normalize(torch.randn(1, 6), dim=1)
+    for stage, side in ((1, 8), (2, 4)):
+        chosen = torch.arange(decoder.config.stage_channels[stage - 1])
+        pictures, expected = APP["atoms_in_pixels"](decoder, stage, chosen), anatomy.atoms_in_pixels(decoder, stage)
+        half = 2**stage * (side // 2)  # places left of the middle one, in pixels
+        start = half - (2**stage - 1)
+        width = expected.shape[-1]
+        torch.testing.assert_close(pictures[:, :, start : start + width, start : start + width], expected)
+        parts, _ = APP["contributions"](decoder, latents, stage)
+        torch.testing.assert_close(parts, anatomy.contributions(decoder, latents, stage)[0], atol=1e-4, rtol=1e-4)
+    pipe = CtrlCscPipeline(low_pass_model(), CtrlCscImageProcessor(image_size=16))
+    texts = [APP["look_inside"](pipe, Image.open(photos[0]), stage)[1] for stage in (1, 2)]
+    assert "all other atoms, the low pass and the bias" in texts[0] and "all other atoms and the bias" in texts[1]
 
 
 def test_atoms_in_pixels_are_those_of_anatomy_in_the_middle_of_the_image() -> None:

@@ -585,6 +585,7 @@ def test_a_preset_with_an_unknown_entry_is_refused(section: str, entry: str, tmp
         ("training: {code_reduction: [0.3, abc]}", r"must be of the type list of float, got \[0.3, 'abc'\]"),
         ("training: {code_reduction: 0.3}", "must be of the type list of float, got 0.3"),
         ("training: {max_train_steps: [1]}", r"max_train_steps must be of the type int, got \[1\]"),
+        ("training: {code_reduction: []}", r"must be of the type list of float, got \[\]"),
         ("model: {image_size: }", "image_size.*got NoneType"),
     ],
 )
@@ -596,9 +597,31 @@ def test_what_is_wrong_in_a_preset_is_one_line_with_the_files_name(text: str, me
     with pytest.raises(ValueError, match=rf"^.*wrong\.yaml.*{message}") as caught:
         parse_settings(["--config", str(preset), "--dataset_name", "x"])
     assert "\n" not in str(caught.value)
-    preset.write_text("training: {ema_decay: 1e-4, seed: 3, checkpoints_total_limit: }", encoding="utf-8")
+    text = "training: {ema_decay: 1e-4, seed: 3, checkpoints_total_limit: , code_reduction: [1e-1, 2]}"
+    preset.write_text(text, encoding="utf-8")
     settings, _ = parse_settings(["--config", str(preset), "--dataset_name", "x"])
     assert (settings.ema_decay, settings.seed, settings.checkpoints_total_limit) == (1e-4, 3, None)
+    assert settings.code_reduction == [0.1, 2.0]
+
+
+@pytest.mark.parametrize("size", [16, 28, 32, 48, 64, 96, 128, 224])
+def test_a_presets_values_of_each_stage_fit_any_resolution(size: int) -> None:
+    from settings import parse_settings
+
+    flags = ["--config", "cifar10_sparse", "--train_data_dir", "x", "--resolution", str(size)]
+    config = parse_settings(flags)[1]
+    further = len(config.stage_channels) - 2
+    assert config.sparsity == [0.5, 0.6] + [0.6] * further
+    assert config.num_iterations == [24, 14] + [14] * further
+
+
+def test_a_run_that_goes_on_leaves_what_others_put_into_its_folder(train: Train) -> None:
+    folder = train("--max_train_steps", "2")
+    own = [folder / name for name in ("README.md", "handler.py", "notes.txt", "examples/own.png")]
+    for path in own:
+        path.write_bytes(b"mine")
+    train("--max_train_steps", "3", "--resume_from_checkpoint", "latest")
+    assert all(path.read_bytes() == b"mine" for path in own)
 
 
 def test_a_run_that_starts_from_a_checkpoint_takes_its_sizes_and_weights(train: Train, tiny_preset: Path) -> None:

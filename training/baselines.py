@@ -1,6 +1,7 @@
 """What CTRL-CSC is compared with, trained as it is trained: ordinary convolutions, or the squared error of pixels."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -20,6 +21,11 @@ class ConvolutionalConfig(CtrlCscConfig):
     """As `CtrlCscConfig`; sparsity, ridge and num_iterations have no meaning here."""
 
     model_type = "ctrl_convolutional"
+
+    def __init__(self, **kwargs: Any) -> None:  # without it transformers makes one that leaves out the checks
+        super().__init__(**kwargs)
+        if self.low_pass:
+            raise ValueError("low_pass=True is not allowed: it must be False for ordinary convolutions")
 
 
 class Convolution(ConvolutionalDictionary):

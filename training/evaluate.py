@@ -197,6 +197,11 @@ def main(settings: EvaluationSettings) -> dict[str, dict[str, Any]]:
     if len(sizes) > 1:
         raise ValueError(f"rivals must take images of the model's size, got sides of {sorted(sizes)} pixels")
     (size,) = sizes
+    paths = settings.feature_model or []
+    sides = settings.feature_size * len(paths) if len(settings.feature_size) == 1 else settings.feature_size
+    features = [VisionFeatures(path, side, device) for path, side in zip(paths, sides, strict=True)]
+    if len({model.name for model in features}) < len(features):
+        raise ValueError(f"feature_model must hold models of different names, got {[model.name for model in features]}")
     images = load_data(settings, size)
     output_dir = Path(settings.output_dir)
     beside_model = settings.is_beside_model and images.recorded
@@ -223,11 +228,6 @@ def main(settings: EvaluationSettings) -> dict[str, dict[str, Any]]:
         autoencoders[name] = diffusers_autoencoder(path, device)
     batches = training_batches(images, size, device)
     autoencoders |= linear_rivals(tqdm(batches, desc="training images, for PCA"), dims)
-    paths = settings.feature_model or []
-    sides = settings.feature_size * len(paths) if len(settings.feature_size) == 1 else settings.feature_size
-    features = [VisionFeatures(path, side, device) for path, side in zip(paths, sides, strict=True)]
-    if len({model.name for model in features}) < len(features):
-        raise ValueError(f"feature_model must hold models of different names, got {[model.name for model in features]}")
     results: dict[str, dict[str, Any]] = {}
     for name, rival in autoencoders.items():
         figures = measure(rival, images.test, features, settings.num_frechet_images, device, name)

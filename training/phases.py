@@ -9,10 +9,10 @@ from settings import LOOPS, TrainingSettings
 from steps import Replay, make_adam, set_learning_rate
 from torch import Tensor
 from transformers import get_scheduler
-from warmup import Descent, deconvolution_error, sparse_coding_energy
+from warmup import Descent, deconvolution_error, hold_stages, sparse_coding_energy
 
 from ctrl_csc_hf import CtrlCscModel
-from ctrl_csc_hf.closed_loop import player_parameters
+from ctrl_csc_hf.closed_loop import PLAYERS, player_parameters
 
 
 class Phases:
@@ -29,11 +29,13 @@ class Phases:
         self, model: CtrlCscModel, settings: TrainingSettings, steps: dict[str, int], graphs: Collection[str] = ()
     ) -> None:
         self.model, self.parameters, self.done = model, list(model.parameters()), 0
+        self.keep_dictionaries = settings.keep_dictionaries
         warmups = {
             "energy": (sparse_coding_energy, settings.energy_warmup_learning_rate),
             "fit": (deconvolution_error, settings.deconvolution_warmup_learning_rate),
         }
         self.descents = {name: Descent(loss, model, steps[name], rate) for name, (loss, rate) in warmups.items()}
+        self.begin("game")
         self.rates = (settings.encoder_learning_rate, settings.decoder_learning_rate)
         self.players = [
             make_adam(part, rate, (settings.adam_beta1, settings.adam_beta2))
@@ -49,12 +51,17 @@ class Phases:
             *self.players,
             play=settings.play,
             reconstruction_statistics=settings.reconstruction_statistics,
+            players=PLAYERS if settings.encoder_learning_rate else PLAYERS[1:],
         )
         launches = {name: descent.step for name, descent in self.descents.items()} | {"game": self._game}
         self.launches: dict[str, Callable[[Tensor], dict[str, Tensor]]] = {
             name: partial(self._in_bfloat16, launch) for name, launch in launches.items()
         }
         self.launches |= {name: Replay(self.launches[name]) for name in graphs}
+
+    def begin(self, name: str) -> None:
+        """Before the first step of a phase."""
+        hold_stages(self.model, self.keep_dictionaries and name != "energy")
 
     def __call__(self, name: str, images: Tensor) -> dict[str, Tensor]:
         """One step on images (n, 3, H, W), pixels in [-1, 1]; its figures, which the next step may overwrite."""

@@ -11,6 +11,7 @@ from transformers import HfArgumentParser
 
 from ctrl_csc_hf import CtrlCscConfig
 from ctrl_csc_hf.closed_loop import STATISTICS, ClosedLoop, ClosedLoopObjective
+from ctrl_csc_hf.configuration_ctrl_csc import default_stages
 from ctrl_csc_hf.presets import load_preset
 
 # A loss scaler would have to serve two players with one backward pass; bf16 needs none.
@@ -26,6 +27,7 @@ OF_THE_DATA_SET = (
     "dataset_name", "dataset_config_name", "train_split", "validation_split", "image_column", "label_column",
     "streaming",
 )  # fmt: skip
+OF_EACH_STAGE = ("sparsity", "num_iterations")  # where they are lists, further stages take the last one's
 STAGES = ("stage_channels", "kernel_sizes", "strides", "paddings")  # of a configuration, chosen by its image size
 # Settings that may not change when a run is resumed: the steps before would have been other ones, or the images or
 # their order.
@@ -81,7 +83,9 @@ class TrainingSettings:
     image_column: str | None = option(None, "Column of the images; by default the only one of images.")
     label_column: str | None = option(None, "Column of the labels, by default found by its type; 'none' without.")
     resolution: int | None = option(
-        None, "Side of the images in pixels; another one than the preset's chooses the stages, too."
+        None,
+        "Side of the images in pixels; another one than the preset's chooses the stages, too. Of lists of a value a "
+        "stage, further stages take the last one.",
     )
     augmentation: str = option("flip", "none, flip, or crop_and_flip.")
     dataloader_num_workers: int = option(0, "Processes that decode images; 0 decodes in the main one.")
@@ -214,6 +218,11 @@ class TrainingSettings:
                 "energy and energy_warmup_steps must be 0 for encoder='convolution', which has none, "
                 f"got {self.energy!r} and {self.energy_warmup_steps!r}"
             )
+        if self.keep_dictionaries and not (self.energy_warmup_steps or self.pretrained_model_name_or_path):
+            raise ValueError(
+                "keep_dictionaries must be off where energy_warmup_steps is 0, or the dictionaries of a new model stay "
+                "random, got True"
+            )
         if self.encoder == "convolution" and self.push_to_hub:
             raise ValueError("push_to_hub must be off for encoder='convolution': only CTRL-CSC models can be published")
         self.closed_loop_objective(num_classes=1)  # wrong weights and names are found before any data is read
@@ -228,7 +237,7 @@ class TrainingSettings:
             decoder_consistency=self.decoder_consistency,
             augmentation_consistency=self.augmentation_consistency,
             energy=self.energy,
-            code_reduction=self.code_reduction if len(self.code_reduction) > 1 else self.code_reduction[0],
+            code_reduction=self.code_reduction[0] if len(self.code_reduction) == 1 else self.code_reduction,
             code_consistency=self.code_consistency,
             pixel_error=self.pixel_error,
         )
@@ -257,10 +266,12 @@ def parse_settings(arguments: list[str] | None = None) -> tuple[TrainingSettings
         types = get_args(hint) or (hint,)
         is_list = get_origin(hint) is list
         entries = value if is_list and isinstance(value, list) else [value]
-        if isinstance(value, list) is not is_list or not all(_is_of(entry, types) for entry in entries):
+        if isinstance(value, list) is not is_list or not entries or not all(_is_of(entry, types) for entry in entries):
             names = " or ".join(kind.__name__ for kind in types)
             names = f"list of {names}" if is_list else names
             raise ValueError(f"{chosen.config}: {name} must be of the type {names}, got {value!r}")
+        if is_list:  # argparse reads strings as it does those of flags, but none within a list
+            preset["training"][name] = [types[0](entry) for entry in entries]
     of_data = {name: value for name, value in preset["training"].items() if name in OF_THE_DATA_SET}
     parser.set_defaults(**{name: value for name, value in preset["training"].items() if name not in of_data})
     namespace = vars(parser.parse_args(rest))
@@ -275,6 +286,10 @@ def parse_settings(arguments: list[str] | None = None) -> tuple[TrainingSettings
         model = {name: value for name, value in model.items() if name not in STAGES}
         model["image_size"] = settings.resolution
     try:
+        for name in OF_EACH_STAGE:
+            if "stage_channels" not in model and isinstance(value := model.get(name), list):
+                stages = len(default_stages(model["image_size"])["stage_channels"])
+                model[name] = [*value, *value[-1:] * stages][:stages]
         return settings, ENCODERS[settings.encoder](**model)
     except (TypeError, ValueError) as error:
         raise ValueError(f"the model of {chosen.config}: {' '.join(str(error).split())}") from error

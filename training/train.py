@@ -52,7 +52,14 @@ from stream import ImageLoader, ImageStream
 from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import AutoModel, PreTrainedConfig, get_scheduler
-from warmup import Descent, deconvolution_error, invert_encoder, principal_directions, sparse_coding_energy
+from warmup import (
+    Descent,
+    deconvolution_error,
+    hold_stages,
+    invert_encoder,
+    principal_directions,
+    sparse_coding_energy,
+)
 
 from ctrl_csc_hf import CtrlCscConfig, CtrlCscModel
 from ctrl_csc_hf.closed_loop import PLAYERS, player_parameters
@@ -137,13 +144,7 @@ def main(settings: TrainingSettings, config: CtrlCscConfig) -> Path:
         functorch_config.donated_buffer = False  # a step of the game goes back through its graph twice
         for player in (model.encoder, model.decoder):
             player.compile(fullgraph=True)
-    of_energy = [*model.encoder.stages.parameters(), *model.encoder.norms.parameters()]
-
-    def learn_from_energy_alone(alone: bool) -> None:
-        for parameter in of_energy:
-            parameter.requires_grad_(not alone)
-
-    learn_from_energy_alone(settings.keep_dictionaries)
+    hold_stages(model, settings.keep_dictionaries)
     energy = Descent(sparse_coding_energy, model, settings.energy_warmup_steps, settings.energy_warmup_learning_rate)
     fit = Descent(
         deconvolution_error, model, settings.deconvolution_warmup_steps, settings.deconvolution_warmup_learning_rate
@@ -275,9 +276,9 @@ def main(settings: TrainingSettings, config: CtrlCscConfig) -> Path:
 
     def prepare() -> None:
         if energy.steps and not fit.done:
-            learn_from_energy_alone(False)
+            hold_stages(model, False)
             make_steps("before the game: sparse-coding energy", -fit.steps, energy.steps, descend(energy))
-            learn_from_energy_alone(settings.keep_dictionaries)
+            hold_stages(model, settings.keep_dictionaries)
             energy.optimizer.state.clear()  # of no use to later checkpoints
             recompute_statistics(model, calibration, settings.train_batch_size)
             principal_directions(model, calibration.to(accelerator.device), settings.train_batch_size)

@@ -78,6 +78,12 @@ class Descent:
         return {"loss": sum_over_processes(mean_loss.detach())}
 
 
+def hold_stages(model: CtrlCscModel, still: bool) -> None:
+    """Whether dictionaries and batch norms of the encoder's sparse-coding stages stand still."""
+    for parameter in (*model.encoder.stages.parameters(), *model.encoder.norms.parameters()):
+        parameter.requires_grad_(not still)
+
+
 @torch.no_grad()
 @torch.compiler.set_stance("force_eager")  # nothing is to be compiled for one call on another number of images
 def principal_directions(model: CtrlCscModel, images: Tensor, batch_size: int) -> None:

@@ -320,8 +320,8 @@ class CtrlCscPipeline(DiffusionPipeline):
         """Writes a folder that DiffusionPipeline, AutoModel and AutoImageProcessor load, with the weights stored once.
 
         Card, figures and pictures of the published folder or repository that the pipeline was loaded from are saved
-        too, unless the weights have changed since. Those of another model that `save_directory` holds, and its sampler,
-        are removed. `ctrl-csc publish` writes a card of its own.
+        too, unless weights or configuration have changed since. Those of another model that `save_directory` holds, and
+        its sampler, are removed. `ctrl-csc publish` writes a card of its own.
 
         Args:
             save_directory: is made if it does not exist.

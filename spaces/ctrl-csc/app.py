@@ -4,6 +4,7 @@ It runs without ctrl_csc_hf: the repository brings its own code. `ctrl-csc demo`
 """
 
 import os
+import sys
 from collections.abc import Callable
 from functools import partial, wraps
 from itertools import pairwise
@@ -154,11 +155,13 @@ def look_inside(pipe: DiffusionPipeline, image: Image.Image | None, stage: int) 
     above = torch.cat([atoms, before_tanh.tanh()[None]])
     beneath = torch.cat([factor * leading, (before_tanh - leading.sum(dim=0))[None]])
     numbers = ", ".join(map(str, order.tolist()))
+    low_pass = ", the low pass" if stage == 1 and getattr(pipe.model.config, "low_pass", False) else ""
     figures = (
         f"The atoms of stage {stage} that add most to this reconstruction, of {len(parts)}: {numbers}. Above, each "
         "carried down to pixels through the dictionaries; beneath, what it adds before tanh with the relus of this "
         f"image frozen, times {factor:.1f}; grey is zero. At the right the reconstruction and, beneath it, all other "
-        "atoms and the bias. What is beneath, without that factor, adds up to the reconstruction before tanh."
+        f"atoms{low_pass} and the bias. What is beneath, without that factor, adds up to the reconstruction before "
+        "tanh."
     )
     return _sheet(pipe, torch.cat([above, beneath]), len(above)), figures
 
@@ -241,10 +244,11 @@ def atoms_in_pixels(decoder: Any, stage: int, chosen: torch.Tensor) -> torch.Ten
     signal = signal.to(decoder.device, decoder.dtype)
     for lower in reversed(range(stage)):
         width = decoder.config.stage_channels[lower]
-        signal, low = signal[:, :width], signal[:, width:]
+        signal, low = signal[:, :width], signal[:, width:]  # with `low_pass` stage 2 makes that of the image, too
         signal = decoder.stages[lower].synthesize(signal, (sizes[lower], sizes[lower]))
-    if low.shape[1]:  # the low pass travels beside the first stage's codes
-        signal = signal * decoder.signal_unit + decoder.stages[0].interpolate(low, (sizes[0], sizes[0]))
+        if low.shape[1]:
+            deviation = sys.modules[type(decoder).__module__].DETAIL_DEVIATION
+            signal = signal * deviation + decoder.stages[lower].interpolate(low, (sizes[lower], sizes[lower]))
     return signal
 
 

@@ -87,7 +87,8 @@ class ClosedLoopObjective:
         for name in ("encoder_consistency", "decoder_consistency", "augmentation_consistency", "energy",
                      "code_reduction", "code_consistency", "pixel_error"):  # fmt: skip
             value = getattr(self, name)
-            if not all(0 <= weight < float("inf") for weight in (value if isinstance(value, Sequence) else [value])):
+            weights = value if isinstance(value, Sequence) else [value]
+            if not weights or not all(0 <= weight < float("inf") for weight in weights):
                 raise ValueError(f"{name} must be a finite number of at least 0, got {value!r}")
         if not self.distortion > 0:
             raise ValueError(f"distortion must be positive, got {self.distortion!r}")
@@ -141,14 +142,15 @@ class ClosedLoopObjective:
     @property
     def compares_codes(self) -> bool:
         """Whether a term of the stages' codes has a weight."""
-        return bool(self.code_consistency or any(self.stage_weights()))
+        weights = self.code_reduction
+        return bool(self.code_consistency or (any(weights) if isinstance(weights, Sequence) else weights))
 
-    def stage_weights(self, stages: int = 1) -> list[float]:
+    def stage_weights(self, stages: int) -> list[float]:
         """w_l of every stage; ValueError for another number of weights."""
         weights = self.code_reduction
         if not isinstance(weights, Sequence):
             return [weights] * stages
-        if stages > 1 and len(weights) != stages:
+        if len(weights) != stages:
             raise ValueError(f"code_reduction must be one number or {stages}, one a stage, got {weights!r}")
         return list(weights)
 
@@ -222,8 +224,8 @@ class ClosedLoop:
         players: who plays, one or both; the other stands still.
 
     Raises:
-        ValueError: for an unknown `play` or `reconstruction_statistics`, and for a distortion that is too small for the
-            coding rates of unit vectors to be exact.
+        ValueError: for an unknown `play` or `reconstruction_statistics`, for weights of another number of stages, and
+            for a distortion that is too small for the coding rates of unit vectors to be exact.
     """
 
     def __init__(
@@ -243,6 +245,7 @@ class ClosedLoop:
             raise ValueError(
                 f"reconstruction_statistics must be one of {STATISTICS}, got {reconstruction_statistics!r}"
             )
+        objective.stage_weights(len(model.config.stage_channels))
         device = "mps" if model.device.type == "mps" else "cpu"  # as precise as where the rates are computed
         check_precision("latents", torch.eye(1, model.config.latent_dim, device=device), objective.distortion)
         self.model = model
@@ -389,8 +392,17 @@ def _precise(tensor: Tensor) -> torch.dtype:
 
 
 def player_parameters(model: CtrlCscModel) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
-    """The parameters of the encoder's optimiser and of the decoder's: what they share belongs to the encoder's."""
+    """The parameters of the encoder's optimiser and of the decoder's: what they share belongs to the encoder's.
+
+    Raises:
+        ValueError: if nothing is left to the decoder.
+    """
     encoder = [parameter for parameter in model.encoder.parameters() if parameter.requires_grad]
     shared = {id(parameter) for parameter in encoder}
     decoder = [p for p in model.decoder.parameters() if p.requires_grad and id(p) not in shared]
+    if not decoder:
+        raise ValueError(
+            "decoder_affine must be True where dictionaries are shared and decoder_normalization is 'inverse', or the "
+            "decoder has nothing of its own to learn, got False"
+        )
     return encoder, decoder

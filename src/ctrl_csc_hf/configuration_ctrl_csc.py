@@ -59,9 +59,9 @@ class _StrictCtrlCscConfig(PreTrainedConfig):
     sparsity: float | int | list[float | int] = 0.02
     ridge: float | int = 0.0
     num_iterations: int | list[int] = 8
-    step_size: float = 0.9
+    step_size: float | int = 0.9
     denoising_sparsity: list[list[float | int]] | None = None
-    share_dictionaries: bool = True
+    share_dictionaries: bool | str = True
     decoder_normalization: str = "batch_norm"
     decoder_affine: bool = True
     tie_word_embeddings: bool = True
@@ -89,7 +89,8 @@ class CtrlCscConfig(_StrictCtrlCscConfig):
         denoising_sparsity (`list[list[float]]`, *optional*): pairs [noise_std, lambda], noise levels rising: the lambda
             that `CtrlCscPipeline.denoise` codes with at each level; its `calibrate_denoising` finds them. They change
             nothing else.
-        share_dictionaries (`bool`): whether encoder and decoder use the same dictionaries.
+        share_dictionaries (`bool` or `str`): whether encoder and decoder use the same dictionaries; "last", that of the
+            last stage alone.
         decoder_normalization (`str`): "batch_norm", batch norms of the decoder's own, or "inverse", the exact
             inverse of the encoder's.
         decoder_affine (`bool`): whether the decoder learns a scale and a bias per channel, before its tanh.
@@ -202,6 +203,8 @@ class CtrlCscConfig(_StrictCtrlCscConfig):
             self.decoder_normalization,
             f"one of {DECODER_NORMALIZATIONS}",
         )
+        shared = self.share_dictionaries
+        _require(shared in (True, False, "last"), "share_dictionaries", shared, "True, False or 'last'")
         # transformers ties tensors only where this flag, made for language models, is set.
         _require(self.tie_word_embeddings, "tie_word_embeddings", self.tie_word_embeddings, "True")
 

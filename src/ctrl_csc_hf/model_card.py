@@ -74,6 +74,11 @@ LOCAL_SETTINGS = (
     "resume_from_checkpoint",
     "train_data_dir",
 )
+# Settings that say what the players minimise, or whether one of them does.
+OF_THE_GAME = (
+    "objective", "consistency", "encoder_consistency", "decoder_consistency", "augmentation_consistency", "energy",
+    "code_reduction", "code_consistency", "pixel_error", "loop", "encoder_learning_rate",
+)  # fmt: skip
 FIGURE = "architecture.png"
 METRICS, SETTINGS = "metrics.json", "training_args.json"
 # What to do about one of these that cannot be read.
@@ -108,6 +113,8 @@ def model_card(
         dataset = settings.get("hub_dataset_id") or ""
         dataset_licence, biases = LICENCES.get(dataset), BIASES.get(dataset, OTHER_BIASES)
         game, warmup = _game(settings) if settings else GAME, _warmup(settings)
+        labelled = "multi" in _values(settings, "objective")
+        compares_pixels = any(_values(settings, "pixel_error")) or "squared_error" in _values(settings, "loop")
     with _understood(checkpoint, METRICS):
         figures = [figure for figure in metrics.get("figures", []) if figure["name"] in FIGURES]
         on_hub = [figure for figure in figures if figure["dataset"] is not None]
@@ -138,7 +145,8 @@ def model_card(
         parameters=sum(parameter.numel() for parameter in model.parameters()),
         distortion=settings.get("distortion"),
         game=game,
-        labels="J alone uses labels" if settings.get("objective") == "multi" else "No labels are used",
+        labels="J alone uses labels" if labelled else "No labels are used",
+        compares_pixels=compares_pixels,
         warmup=warmup,
         continued=continued,
         settings=settings,
@@ -210,9 +218,13 @@ def _game(settings: dict[str, Any]) -> str:
         utility += "".join(
             f" + {weight:g} dR(C_{stage}, Ch_{stage})" for stage, weight in enumerate(weights, 1) if weight
         )
-    text = f"With J = {utility}, the encoder minimises {encoder}, the decoder {decoder}"
+    changed = any(len(_values(settings, name)) > 1 for name in OF_THE_GAME)
+    text = f"{'In the end, with' if changed else 'With'} J = {utility}, "
     if settings.get("encoder_learning_rate") == 0:
-        text = f"With J = {utility}, the decoder minimises {decoder}; the encoder stands still"
+        encoder = ""
+        text += f"the decoder minimises {decoder}; the encoder stands still"
+    else:
+        text += f"the encoder minimises {encoder}, the decoder {decoder}"
     distance = {"cosine": "1 - cos(z_i, zh_i)", "rate": "dR(z_i, zh_i)"}[settings.get("consistency", "cosine")]
     if " S" in (encoder + decoder).replace(" S_c", ""):
         text += f"; S is the mean of {distance}"
@@ -225,6 +237,12 @@ def _game(settings: dict[str, Any]) -> str:
     if " E" in encoder:
         text += "; E is the energy above, of all stages, per pixel"
     return text
+
+
+def _values(settings: dict[str, Any], name: str) -> list[Any]:
+    """The values that a setting had in the game, the last one first: of a resumed run perhaps several."""
+    changes = [c for c in settings.get("changed_on_resume", []) if c["setting"] == name and c["step"] > 0]
+    return [settings.get(name), *(change["before"] for change in changes)]
 
 
 def _of_stages(config: CtrlCscConfig, field: str) -> str:

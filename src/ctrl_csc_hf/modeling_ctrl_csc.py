@@ -9,6 +9,7 @@ import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any, Self
 
 import torch
@@ -21,6 +22,7 @@ from transformers.utils.generic import can_return_tuple
 
 from .batch_norm import BatchNorm
 from .configuration_ctrl_csc import CtrlCscConfig
+from .repository_ctrl_csc import RECORDS, describes_other_model, remove_records
 from .sparse_coding import ConvolutionalDictionary, ConvolutionalSparseCoding, normalize_atoms
 
 DETAIL_DEVIATION = 0.2  # of photographs less their low pass, about: stage signals have a deviation of about 1
@@ -114,6 +116,9 @@ class CtrlCscPreTrainedModel(PreTrainedModel):
     def save_pretrained(
         self, save_directory: Any, *args: Any, state_dict: dict[str, Tensor] | None = None, **kwargs: Any
     ) -> None:
+        folder = Path(save_directory)
+        is_main_process = args[0] if args else kwargs.get("is_main_process", True)
+        replaces_another = is_main_process and describes_other_model(folder, self)
         # transformers finds shared weights, such as dictionaries, by their place in memory, but in channels-last order
         # it cannot measure them: it gets copies in the usual order, of weights that are shared one copy.
         state_dict = dict(self.state_dict() if state_dict is None else state_dict)
@@ -122,6 +127,8 @@ class CtrlCscPreTrainedModel(PreTrainedModel):
             if not tensor.is_contiguous():
                 state_dict[name] = copies.setdefault(tensor.data_ptr(), tensor.contiguous())
         super().save_pretrained(save_directory, *args, state_dict=state_dict, **kwargs)
+        if replaces_another:  # whose card, figures and sampler would be taken for this one's
+            remove_records(folder, RECORDS)
 
     @property
     def signal_unit(self) -> float:
@@ -525,7 +532,9 @@ def _shared_tensors(config: CtrlCscConfig) -> list[str]:
     """Patterns of the names of the decoder's tensors that are the encoder's, which alone are saved."""
     patterns: list[str] = []
     if config.share_dictionaries:
-        patterns += [r"stages\.\d+\.dictionary", r"last_stage\.dictionary"]
+        patterns.append(r"last_stage\.dictionary")
+    if config.share_dictionaries is True:
+        patterns.append(r"stages\.\d+\.dictionary")
     if config.decoder_normalization == "inverse":
         patterns += [r"norms\..+", "latent_norm"]
     return patterns

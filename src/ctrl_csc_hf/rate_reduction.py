@@ -252,7 +252,13 @@ class _HalfLogDet(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> Tensor:
         (factor,) = ctx.saved_tensors
-        return torch.cholesky_inverse(factor) * (gradients[0] / 2)[..., None, None]
+        if factor.is_cuda:  # where the routine below cannot be captured in a CUDA graph
+            identity = torch.eye(factor.shape[-1], dtype=factor.dtype, device=factor.device)
+            root = torch.linalg.solve_triangular(factor, identity.expand_as(factor), upper=False)
+            inverse = root.mT @ root
+        else:
+            inverse = torch.cholesky_inverse(factor)
+        return inverse * (gradients[0] / 2)[..., None, None]
 
 
 def _rates_of_grams(grams: Tensor, counts: Tensor | int, distortion: float, dim: int | None = None) -> Tensor:

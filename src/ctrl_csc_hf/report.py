@@ -15,7 +15,7 @@ from torch import Tensor
 from . import anatomy
 from .metrics import peak_signal_to_noise_ratio
 from .modeling_ctrl_csc import CtrlCscModel
-from .visualization import atom_atlas, code_maps, correlation_map, image_table, region_maps, singular_values
+from .visualization import SHARING, atom_atlas, code_maps, correlation_map, image_table, region_maps, singular_values
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -223,7 +223,7 @@ def html_report(model: CtrlCscModel, name: str, chapters: dict[str, list[Picture
                 zip(config.of_stages("sparsity"), config.of_stages("num_iterations"), strict=True), 1
             )
         ),
-        "Dictionaries": "shared by both halves" if config.share_dictionaries else "of encoder and decoder apart",
+        "Dictionaries": f"both halves {SHARING[config.share_dictionaries]}",
         "Decoder's norms": "inverse of the encoder's" if config.decoder_normalization == "inverse" else "its own",
         "Parameters": f"{model.num_parameters():,}",
     }
@@ -266,7 +266,7 @@ def _rebuilt(model: CtrlCscModel, image: Tensor, all_codes: Sequence[Tensor], na
         tables.append(torch.cat([image[None], rebuilt]))
         labels.append(["", *(f"{count:,}: {value:.1f} dB" for count, value in zip(counts, psnr.tolist(), strict=True))])
     *stages, last = (f"stage {stage}" for stage in range(1, len(all_codes) + 1))
-    shared = model.config.share_dictionaries
+    shared = model.config.share_dictionaries is True
     return Picture(
         f"{name}_rebuilt",
         f"{name}: rebuilt from each stage alone",

@@ -19,6 +19,11 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
+SHARING = {
+    True: "share the dictionaries A",
+    "last": "share the last stage's dictionary A",
+    False: "have dictionaries A of their own",
+}
 GAP = 2  # pixels between the images of a grid
 GROUP_GAP = 8  # pixels between two pairs of rows
 ENCODER_COLOR, DECODER_COLOR = "#1f5fa8", "#b5541c"
@@ -70,7 +75,7 @@ def architecture_figure(config: CtrlCscConfig) -> Image.Image:
     column, row, square = 200, 175, 84  # pixels; the square is an image's
     picture = Image.new("RGB", (column * (last + 1) + square + 60, 2 * row + 60), "white")
     draw, font = ImageDraw.Draw(picture), ImageFont.load_default(14)
-    sharing = "share the dictionaries A" if config.share_dictionaries else "have dictionaries A of their own"
+    sharing = SHARING[config.share_dictionaries]
     norm = "norm" if config.decoder_normalization == "batch_norm" else "inverse norm"
 
     def write(x: float, y: float, text: str, color: str = "black", anchor: str = "ma") -> None:

@@ -52,9 +52,14 @@ RECORDS = (
     "reconstructions.png",
     "examples/*.png",
 )
+# Of these, names that others give to files of their own: only in a repository they are known to be this package's.
+OF_REPOSITORIES = ("architecture.png", "handler.py")
+CARD_TAG = "\n- ctrl-csc\n"  # by which a README.md is known to be a card of this package
 # What evaluate.py writes into a model's folder or into its subfolder evaluation, and what else train.py leaves there.
 MEASURED = ("metrics.json", "reconstructions.png", "rivals.png", "neighbours.png", "correlations.png")
 UNPUBLISHED = (*MEASURED, *(f"evaluation/{name}" for name in MEASURED), "history.json", "samples/step-*.png")
+# Of a configuration, what a model's outputs depend on and the shapes of its weights do not tell.
+OF_THE_OUTPUTS = ("strides", "paddings", "sparsity", "ridge", "num_iterations", "step_size", "decoder_normalization")
 
 
 class Config:
@@ -80,6 +85,9 @@ class Model(PreTrainedModel):
         model_type = AutoConfig.from_pretrained(root, trust_remote_code=True).model_type
         if model_type != "ctrl_csc":
             raise ValueError(f"model_type={model_type!r} is not allowed: it must be 'ctrl_csc'")
+        # diffusers passes a dtype that nobody has given as None, for which transformers takes that of the file's first
+        # tensor rather than the model's own.
+        kwargs = {name: value for name, value in kwargs.items() if value is not None or "dtype" not in name}
         return AutoModel.from_pretrained(root, trust_remote_code=True, **kwargs)
 
 
@@ -176,20 +184,45 @@ def replacing_model(folder: Path, model: PreTrainedModel, keep: Collection[Path]
 
 
 def remove_other_model(folder: Path, model: PreTrainedModel, keep: Collection[Path] = ()) -> None:
-    """Removes card, figures, pictures and sampler of a model that a folder holds, if its weights are not the model's.
+    """Removes card, figures, pictures and sampler of another model than this one that a folder holds.
 
     Other files stay, and those of `keep`. To be called before the model is saved there.
     """
-    if (folder / "config.json").is_file() and not _holds_weights_of(model, folder):
-        for path in {*_found(folder, RECORDS), *_found(folder, UNPUBLISHED)}.difference(keep):
+    if describes_other_model(folder, model):
+        remove_records(folder, keep=keep)
+
+
+def describes_other_model(folder: Path, model: PreTrainedModel) -> bool:
+    """Whether a folder holds a model of other weights, or one that uses the same otherwise, and what belongs to it."""
+    written = (folder / SAMPLER).is_dir() or _found(folder, (*RECORDS, *UNPUBLISHED))
+    return bool(written) and (folder / "config.json").is_file() and not _holds(model, folder)
+
+
+def remove_records(
+    folder: Path, patterns: Iterable[str] = (*RECORDS, *UNPUBLISHED), keep: Collection[Path] = ()
+) -> None:
+    """Removes what this package has written about the model in a folder, and its sampler; other files stay.
+
+    A README.md that is no card of this package stays, and so do examples that are neither numbered nor named by one.
+    """
+    found = set(_found(folder, patterns)).difference(keep)
+    readme = folder / "README.md"
+    card = readme.read_text(encoding="utf-8", errors="replace") if readme.is_file() else ""
+    if not (card.startswith("---") and CARD_TAG in card):
+        card = ""
+        found.discard(readme)
+    if not (folder / INDEX).is_file():
+        found -= {folder / name for name in OF_REPOSITORIES}
+    for path in found:
+        if path.parent.name != "examples" or path.stem.isdigit() or f"examples/{path.name}" in card:
             path.unlink()
-        _remove_sampler(folder)
+    _remove_sampler(folder)
 
 
 def copy_records(model: PreTrainedModel, name: str, folder: Path) -> None:
     """Copies the card, the figures and the pictures of the repository that a model was loaded from into a folder.
 
-    Only if the weights are still those of the repository, which the figures were measured on.
+    Only if weights and configuration are still those of the repository, which the figures were measured on.
 
     Args:
         model: what was loaded.
@@ -207,8 +240,11 @@ def copy_records(model: PreTrainedModel, name: str, folder: Path) -> None:
         return
     if not (source / "README.md").is_file() or source.resolve() == folder.resolve():
         return
-    if not _holds_weights_of(model, model.name_or_path, revision):
-        logger.warning("the card and the figures of %s are not saved with the model: its weights are others", name)
+    if not _holds(model, model.name_or_path, revision):
+        logger.warning(
+            "the card and the figures of %s are not saved with the model: its weights or its configuration are others",
+            name,
+        )
         return
     for path in _found(source, RECORDS):
         target = folder / path.relative_to(source)
@@ -225,16 +261,24 @@ def _found(folder: Path, patterns: Iterable[str]) -> list[Path]:
     return [path for pattern in patterns for path in folder.glob(pattern)]
 
 
-def _holds_weights_of(model: PreTrainedModel, name: str | Path, revision: str | None = None) -> bool:
-    """Whether a folder or a Hub repository holds the weights that the model has."""
+def _holds(model: PreTrainedModel, name: str | Path, revision: str | None = None) -> bool:
+    """Whether a folder or a Hub repository holds the weights that the model has, and uses them as it does."""
     try:
-        saved = type(model).from_pretrained(name, revision=revision).state_dict()
+        other = type(model).from_pretrained(name, revision=revision)
     except (OSError, RuntimeError, ValueError):  # no model, or one of another kind
         return False
-    state = model.state_dict()
-    return saved.keys() == state.keys() and all(
-        torch.equal(tensor.cpu(), saved[key].to(tensor.dtype)) for key, tensor in state.items()
+    saved, state = other.state_dict(), model.state_dict()
+    alike = [_value(model.config, field) == _value(other.config, field) for field in OF_THE_OUTPUTS]
+    return (
+        all(alike)
+        and saved.keys() == state.keys()
+        and all(torch.equal(tensor.cpu(), saved[key].to(tensor.dtype)) for key, tensor in state.items())
     )
+
+
+def _value(config: Any, field: str) -> Any:
+    value = getattr(config, field, None)
+    return list(value) if isinstance(value, tuple) else value
 
 
 def _add_to_json(path: Path, entries: dict[str, Any]) -> None:
