@@ -171,6 +171,44 @@ def test_a_wrong_noise_level_is_named(pipe, noise_std):
         pipe.denoise(photograph(8, 8), noise_std)
 
 
+# Completion
+
+
+def test_the_pipeline_completes_in_the_images_own_size_and_known_pixels_stay(pipe):
+    image, mask = photograph(13, 22), np.zeros((13, 22), dtype=bool)
+    mask[4:9, 3:12] = True
+    got = pipe.inpaint(image, mask, output_type="np")[0]
+    original = np.asarray(image) / 255
+    np.testing.assert_allclose(got[~mask], original[~mask], atol=1e-6)
+    other = np.where(mask[..., None], np.asarray(photograph(13, 22, 9)), np.asarray(image))
+    np.testing.assert_array_equal(pipe.inpaint(Image.fromarray(other), mask, output_type="np")[0], got)
+    two = pipe.inpaint([image, photograph(7, 7)], [mask, np.eye(7)], output_type="np")
+    np.testing.assert_allclose(two[0], got, atol=1e-5)
+    assert two[1].shape == (7, 7, 3)
+    batch = pipe.inpaint([image, image], Image.fromarray(mask), batch_size=1, output_type="np")
+    np.testing.assert_allclose(batch, np.stack([got, got]), atol=1e-5)
+
+
+def test_of_a_flat_image_nothing_is_lost_by_missing_pixels(pipe):
+    mask = np.ones((9, 9), dtype=bool)
+    mask[2, 3] = False
+    (completed,) = pipe.inpaint(Image.new("RGB", (9, 9), "teal"), mask)
+    assert np.array_equal(np.asarray(completed), np.asarray(Image.new("RGB", (9, 9), "teal")))
+
+
+@pytest.mark.parametrize(
+    ("mask", "message"),
+    [
+        (np.zeros((16, 16)), r"mask must have the size of image 0, \(9, 8\), got \(16, 16\)"),
+        (np.ones((9, 8)), "mask 0 marks all as missing"),
+        (np.zeros((3, 9, 8)), "one for each of 1, got 3"),
+    ],
+)
+def test_wrong_masks_of_images_in_their_own_size_are_named(pipe, mask, message):
+    with pytest.raises(ValueError, match=message):
+        pipe.inpaint(photograph(9, 8), mask)
+
+
 # Its repository
 
 
@@ -243,6 +281,22 @@ def test_its_training_packs_photographs_and_leaves_a_denoiser_and_its_figures(tm
     loaded = AutoModel.from_pretrained(tmp_path / "out")
     assert loaded.config.num_atoms == 4 and "25/255" in capsys.readouterr().out
     assert loaded.denoise(torch.randn(1, 3, 9, 9), 0.2).isfinite().all()
+
+
+def test_its_benchmark_prints_a_table(tmp_path, capsys, monkeypatch):
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "benchmarks"))
+    benchmark = importlib.import_module("denoising")
+    threads = torch.get_num_threads()
+    for split in ("train", "test"):
+        (tmp_path / "images" / split).mkdir(parents=True)
+        photograph(12, 14).save(tmp_path / "images" / split / "0.png")
+    a_denoiser().save_pretrained(tmp_path / "denoiser")
+    benchmark.main(["--denoiser", str(tmp_path / "denoiser"), "--dataset", str(tmp_path / "images")])
+    torch.set_num_threads(threads)
+    *_, noisy, denoiser, variation, means = capsys.readouterr().out.strip().splitlines()
+    assert noisy.startswith("| noisy image |") and denoiser.startswith("| `CtrlCscDenoiser` |")
+    assert variation.startswith("| total variation |") and means.startswith("| non-local means |")
+    assert [float(cell) for cell in noisy.split("|")[2:-1]] == pytest.approx([24.6, 20.4, 15.0], abs=0.8)
 
 
 def test_crops_are_pieces_of_photographs_in_all_eight_positions():

@@ -17,7 +17,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 FRAME = 4  # pixels by which an image is reflected at its border, so that its border is not that of the codes
+FAINT = 2 / 255  # a noise level that is below all it is trained for: at less, less of what it changes is changed
 TILE, MARGIN = 512, 64  # in pixels: sides of the tiles of large images, and how much more of the image each sees
+COMPLETION_LEVELS, COMPLETION_STEPS = (160 / 127.5, 5 / 127.5), 60  # noise levels, falling geometrically
 
 
 class CtrlCscDenoiserConfig(PreTrainedConfig):
@@ -110,6 +112,8 @@ class CtrlCscDenoiser(PreTrainedModel):
     def denoise(self, noisy: Tensor, noise_std: float) -> Tensor:
         """`forward` in little memory: large images in tiles, each with `MARGIN` more pixels around than it yields.
 
+        Towards a noise level of 0 the result is the image itself.
+
         Args:
             noisy: (n, C, H, W), of any size.
             noise_std: of all images.
@@ -122,14 +126,36 @@ class CtrlCscDenoiser(PreTrainedModel):
                 f"noise_std must be a finite number above 0, in units of pixels in [-1, 1], got {noise_std!r}"
             )
         levels, low = noisy.new_full((len(noisy),), noise_std), noisy.mean(dim=(2, 3), keepdim=True)
+        share = min(1.0, noise_std / FAINT)
         denoised = torch.empty_like(noisy)
         for top in range(0, noisy.shape[2], TILE):
             for left in range(0, noisy.shape[3], TILE):
                 above, before = min(top, MARGIN), min(left, MARGIN)  # even, as the stride wants
                 seen = noisy[..., top - above : top + TILE + MARGIN, left - before : left + TILE + MARGIN]
                 tile = self(seen, levels, low)[..., above : above + TILE, before : before + TILE]
-                denoised[..., top : top + TILE, left : left + TILE] = tile
+                part = noisy[..., top : top + TILE, left : left + TILE]
+                denoised[..., top : top + TILE, left : left + TILE] = part.lerp(tile, share)
         return denoised
+
+    @torch.no_grad()
+    def inpaint(self, image: Tensor, missing: Tensor) -> Tensor:
+        """The image completed: its missing pixels are denoised again and again, as if with less and less noise.
+
+        A denoiser is the proximal map of what it knows about images, here in place of that of lambda |z|_1: proximal
+        steps under the constraint that known pixels stay (plug-and-play priors, Venkatakrishnan et al. 2013).
+
+        Args:
+            image: (n, C, H, W) of any size, pixels in [-1, 1], of any value where missing.
+            missing: bool (n, 1, H, W), not all of an image.
+        """
+        known = ~missing
+        completed = image.where(known, 0).sum(dim=(2, 3), keepdim=True) / known.sum(dim=(2, 3), keepdim=True)
+        completed = image.where(known, completed)
+        first, last = COMPLETION_LEVELS
+        for step in range(COMPLETION_STEPS):
+            noise_std = first * (last / first) ** (step / (COMPLETION_STEPS - 1))
+            completed = image.where(known, self.denoise(completed, noise_std))
+        return completed
 
     def _in_blocks(self, atoms: Tensor) -> tuple[Tensor, ...]:
         blocks = F.pixel_unshuffle(atoms.flatten(0, 1), self.config.stride)

@@ -25,7 +25,15 @@ from transformers.image_processing_utils import BaseImageProcessor
 from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
 from .repository_ctrl_csc import MODEL_INDEX, SAMPLER, SAMPLER_INDEX, copy_records, save_repository
-from .restoration import NOISE_LEVELS, calibrate_denoising, denoise, denoising_sparsity, inpaint, missing_pixels
+from .restoration import (
+    NOISE_LEVELS,
+    calibrate_denoising,
+    denoise,
+    denoising_sparsity,
+    inpaint,
+    missing_pixels,
+    missing_pixels_of_each,
+)
 from .sampling import LatentSampler
 
 # diffusers 0.42 forgets `trust_remote_code` where it measures the components for device_map="balanced", but asks for no
@@ -61,8 +69,8 @@ class CtrlCscPipeline(DiffusionPipeline):
         model: a `CtrlCscModel`.
         image_processor: its `CtrlCscImageProcessor`, which says what counts as an image.
         sampler: its `LatentSampler`, which `sample` alone needs.
-        denoiser: a `CtrlCscDenoiser`, with which `denoise` takes photographs of any size. It has a repository of its
-            own and is not saved with the pipeline.
+        denoiser: a `CtrlCscDenoiser`, with which `denoise` and `inpaint` take photographs of any size. It has a
+            repository of its own and is not saved with the pipeline.
 
     ```python
     >>> from PIL import Image
@@ -165,25 +173,31 @@ class CtrlCscPipeline(DiffusionPipeline):
         """
         self._check(batch_size, output_type)
         if self.denoiser is not None:
-            return self._denoise_in_own_size(image, noise_std, batch_size, output_type)
+            batches = self._batches_in_own_size(self._pixels_in_own_size(image), batch_size)
+            restored = [self.denoiser.denoise(batch, noise_std) for batch in self.progress_bar(batches)]
+            return self._postprocess_in_own_size(restored, output_type)
         sparsity = denoising_sparsity(self.model.config, noise_std)
         batches = self.progress_bar(self._preprocess(image).split(batch_size))
         denoised = torch.cat([denoise(self.model, batch, sparsity) for batch in batches])
         return self.image_processor.postprocess(denoised, output_type=output_type)
 
-    def _denoise_in_own_size(
-        self, image: Any, noise_std: float, batch_size: int, output_type: str
-    ) -> Images | list[np.ndarray] | list[Tensor]:
+    def _pixels_in_own_size(self, image: Any) -> list[Tensor]:
+        """(3, H, W) of each image, pixels in [-1, 1]."""
         own = self.image_processor(image, do_resize=False, do_center_crop=False).pixel_values
-        pixel_values = [torch.as_tensor(pixels).to(self.denoiser.device, self.denoiser.dtype) for pixels in own]
-        if len({pixels.shape for pixels in pixel_values}) == 1:
-            batches = torch.stack(pixel_values).split(batch_size)
-        else:
-            batches = tuple(pixels[None] for pixels in pixel_values)
-        denoised = [self.denoiser.denoise(batch, noise_std) for batch in self.progress_bar(batches)]
-        if len({batch.shape[1:] for batch in denoised}) == 1:
-            return self.image_processor.postprocess(torch.cat(denoised), output_type=output_type)
-        return [self.image_processor.postprocess(batch, output_type=output_type)[0] for batch in denoised]
+        return [torch.as_tensor(pixels).to(self.denoiser.device, self.denoiser.dtype) for pixels in own]
+
+    @staticmethod
+    def _batches_in_own_size(tensors: list[Tensor], batch_size: int) -> list[Tensor]:
+        if len({tensor.shape for tensor in tensors}) == 1:
+            return list(torch.stack(tensors).split(batch_size))
+        return [tensor[None] for tensor in tensors]
+
+    def _postprocess_in_own_size(
+        self, batches: list[Tensor], output_type: str
+    ) -> Images | list[np.ndarray] | list[Tensor]:
+        if len({batch.shape[1:] for batch in batches}) == 1:
+            return self.image_processor.postprocess(torch.cat(batches), output_type=output_type)
+        return [self.image_processor.postprocess(batch, output_type=output_type)[0] for batch in batches]
 
     @torch.no_grad()
     def calibrate_denoising(self, image: Any, noise_std: Sequence[float] = NOISE_LEVELS) -> list[list[float]]:
@@ -209,20 +223,23 @@ class CtrlCscPipeline(DiffusionPipeline):
     @torch.no_grad()
     def inpaint(
         self, image: Any, mask: Any, keep_known: bool = False, batch_size: int = 64, output_type: str = "pil"
-    ) -> Images:
-        """Images completed from their known pixels, by sparse coding restricted to these and then the loop, twice.
+    ) -> Images | list[np.ndarray] | list[Tensor]:
+        """Images completed from their known pixels, by the pipeline's denoiser or, where it has none, by its model.
 
-        The result is the model's reconstruction of the completed image, everywhere: with an empty mask that of
-        `__call__`, exactly. `keep_known` puts the known pixels themselves back in place.
+        The denoiser completes each image in its own size, see `CtrlCscDenoiser.inpaint`; known pixels stay. The model
+        does it by sparse coding restricted to the known pixels and then the loop, twice. Its result is the model's
+        reconstruction of the completed image, everywhere: with an empty mask that of `__call__`, exactly. `keep_known`
+        puts the known pixels themselves back in place.
 
         Args:
-            image, batch_size, output_type: see `__call__`.
+            image, batch_size, output_type: see `denoise`.
             mask: of what is missing: a black and white PIL image, white where missing; an array or tensor
                 (height, width), (n, height, width) or (n, 1, height, width), bool or of 0 and 1, 1 where missing; or a
                 list of these. One for all images, or one each. A mask of the model's size, (image_size, image_size),
                 is of the pixels that the model sees; any other must have its image's own size, and is resized and
                 cropped like it: every pixel that a missing one contributes to is missing. What an image holds where
-                it is missing does not matter, unless the mask has the model's size and the image another.
+                it is missing does not matter, unless the mask has the model's size and the image another. With a
+                denoiser, masks have their images' own sizes.
             keep_known: whether known pixels stay as they are.
 
         Raises:
@@ -231,6 +248,16 @@ class CtrlCscPipeline(DiffusionPipeline):
             TypeError: for what is no mask or no image.
         """
         self._check(batch_size, output_type)
+        if self.denoiser is not None:
+            own = self._pixels_in_own_size(image)
+            masks = missing_pixels_of_each(mask, [(one.shape[1], one.shape[2]) for one in own])
+            pairs = zip(
+                self._batches_in_own_size(own, batch_size),
+                self._batches_in_own_size([one.to(self.denoiser.device) for one in masks], batch_size),
+                strict=True,
+            )
+            restored = [self.denoiser.inpaint(*pair) for pair in self.progress_bar(list(pairs))]
+            return self._postprocess_in_own_size(restored, output_type)
         pixel_values = self._preprocess(image)
         missing = missing_pixels(mask, image, pixel_values, self.image_processor).to(self.device)
         batches = list(zip(pixel_values.split(batch_size), missing.split(batch_size), strict=True))
