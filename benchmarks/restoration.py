@@ -22,7 +22,7 @@ from skimage.restoration import denoise_nl_means, denoise_tv_chambolle, inpaint_
 from torch import Tensor
 from transformers import AutoModel
 
-from ctrl_csc_hf import CtrlCscImageProcessor, CtrlCscModel, CtrlCscPipeline
+from ctrl_csc_hf import CtrlCscDenoiser, CtrlCscImageProcessor, CtrlCscModel, CtrlCscPipeline
 from ctrl_csc_hf.encoding import find_columns
 from ctrl_csc_hf.restoration import DENOISING_ITERATIONS, NOISE_LEVELS, denoise, denoising_sparsity, explain, psnr
 
@@ -251,9 +251,11 @@ def masks(count: int, size: int) -> dict[str, Tensor]:
         f"{share:.0%} of pixels": torch.rand(count, 1, size, size, generator=generator) < share
         for share in (0.25, 0.5, 0.75)
     }
-    block = torch.zeros(count, 1, size, size, dtype=torch.bool)
-    block[:, :, size // 4 : size - size // 4, size // 4 : size - size // 4] = True
-    return {**missing, f"block of {size // 2} x {size // 2}": block}
+    for side in (size * 5 // 16, size // 2):
+        block, start = torch.zeros(count, 1, size, size, dtype=torch.bool), (size - side) // 2
+        block[:, :, start : start + side, start : start + side] = True
+        missing[f"block of {side} x {side}"] = block
+    return missing
 
 
 @torch.no_grad()
@@ -277,7 +279,7 @@ def other_completions(model: CtrlCscModel, filled: Tensor, missing: Tensor) -> d
     }
 
 
-def completion(ours: Ours, clean: Tensor, folder: Path) -> None:
+def completion(ours: Ours, denoiser: CtrlCscDenoiser | None, clean: Tensor, folder: Path) -> None:
     """Prints PSNR on the missing pixels, and draws examples."""
     rows: dict[str, list[float]] = {}
     pictures = [("photograph", clean)]
@@ -291,6 +293,7 @@ def completion(ours: Ours, clean: Tensor, folder: Path) -> None:
             "mean fill": filled,
             "biharmonic": torch.from_numpy(biharmonic).permute(0, 3, 1, 2).float(),
             "`pipe.inpaint`": ours.inpaint(filled, missing),
+            **({} if denoiser is None else {"`pipe.inpaint` with a denoiser": denoiser.inpaint(filled, missing)}),
             "(plain reconstruction of the whole image)": ours.reconstruct(clean),
             **other_completions(ours.pipe.model, filled, missing),
         }
@@ -342,6 +345,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True, help="a folder that train.py wrote, or a Hub repository")
     parser.add_argument("--baseline", help="a model of ordinary convolutions that train.py wrote; compared where given")
+    parser.add_argument("--denoiser", help="a CtrlCscDenoiser, as which completion is measured, too, where given")
     parser.add_argument("--dataset_name", required=True)
     parser.add_argument("--split", default="test")
     parser.add_argument("--num_images", type=int, default=128)
@@ -351,6 +355,7 @@ def main(arguments: list[str] | None = None) -> None:
     torch.set_num_threads(1)
     model = CtrlCscModel.from_pretrained(options.model).eval()
     baseline = None if options.baseline is None else AutoModel.from_pretrained(options.baseline).eval()
+    denoiser = None if options.denoiser is None else AutoModel.from_pretrained(options.denoiser).eval()
     source = ImageSource(dataset_name=options.dataset_name, split=options.split, label_column="none", streaming=True)
     rows = load_images(source)
     image_column, _ = find_columns(rows.features)
@@ -365,7 +370,7 @@ def main(arguments: list[str] | None = None) -> None:
     timings(ours, clean)
     denoising(ours, baseline, held_out, clean, options.output)
     scores(ours, held_out, clean, options.output)
-    completion(ours, clean, options.output)
+    completion(ours, denoiser, clean, options.output)
 
 
 if __name__ == "__main__":

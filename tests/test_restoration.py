@@ -25,6 +25,7 @@ from ctrl_csc_hf.restoration import (
     denoise,
     denoising_sparsity,
     explain,
+    inpaint,
     psnr,
 )
 
@@ -248,6 +249,24 @@ def test_an_empty_mask_gives_the_plain_reconstruction_exactly(pipe):
     images = smooth_images(3)
     completed = pipe.inpaint(images, np.zeros((16, 16), dtype=bool), output_type="pt")
     assert torch.equal(completed, pipe(images, output_type="pt").images)
+
+
+def test_completion_codes_with_the_first_stage_s_lambda_in_units_of_pixels():
+    torch.manual_seed(0)
+    model = CtrlCscModel(CtrlCscConfig(**CONFIG | {"sparsity": 0.3, "low_pass": True})).eval()
+    stage, seen = model.encoder.stages[0], []
+    solve = stage.solve
+    stage.solve = lambda signal, **options: (seen.append(options), solve(signal, **options))[1]
+    images, mask = pixels(smooth_images(2)), random_mask(2)[:, None]
+    with torch.no_grad():
+        inpaint(model, images, mask)
+    # Such a stage codes details over 0.2, so a lambda of 0.3 is one of 0.06 for pixels: |x / 0.2 - A(z / 0.2)|.
+    of_pixels = [options["sparsity"] for options in seen if options.get("known") is not None]
+    assert of_pixels == pytest.approx([0.06, 0.06])
+    detail = 0.1 * torch.randn(2, 3, 16, 16)
+    torch.testing.assert_close(
+        0.2 * solve(detail / 0.2, num_iterations=8), solve(detail, sparsity=0.06, num_iterations=8)
+    )
 
 
 def test_what_lies_under_the_mask_does_not_matter(pipe):

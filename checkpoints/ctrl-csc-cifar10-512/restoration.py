@@ -119,11 +119,14 @@ def inpaint(model: Any, image: Tensor, missing: Tensor) -> Tensor:
         image: (n, 3, image_size, image_size), pixels in [-1, 1], of any value where missing.
         missing: bool (n, 1, image_size, image_size), not all of an image.
     """
-    known = ~missing
+    known, stage = ~missing, model.encoder.stages[0]
+    sparsity = stage.sparsity * model.encoder.signal_unit  # of residuals in pixels
     estimate = image.where(known, 0).sum(dim=(2, 3), keepdim=True) / known.sum(dim=(2, 3), keepdim=True)
     estimate = estimate.expand_as(image)
     for _ in range(COMPLETION_ROUNDS):
-        explained = explain(model.encoder.stages[0], image, estimate, known=known, num_iterations=COMPLETION_ITERATIONS)
+        explained = explain(
+            stage, image, estimate, known=known, sparsity=sparsity, num_iterations=COMPLETION_ITERATIONS
+        )
         estimate = model(explained.where(missing, image), return_dict=True).reconstruction
     return estimate
 
@@ -142,9 +145,7 @@ def missing_pixels(mask: Any, image: Any, pixel_values: Tensor, processor: Any) 
         TypeError: for what is no mask.
     """
     count, size = len(pixel_values), tuple(pixel_values.shape[-2:])
-    masks = [one for item in (mask if isinstance(mask, list | tuple) else [mask]) for one in _to_masks(item)]
-    if len(masks) not in (1, count):
-        raise ValueError(f"mask must be one for all images or one for each of {count}, got {len(masks)}")
+    masks = _list_masks(mask, count)
     if any(one.shape != size for one in masks):
         originals = processor(image, do_resize=False, do_center_crop=False).pixel_values
         sizes = [tuple(original.shape[-2:]) for original in originals]
@@ -155,11 +156,37 @@ def missing_pixels(mask: Any, image: Any, pixel_values: Tensor, processor: Any) 
                     f"mask must have the size of image {index}, {own}, or the model's, {size}, got {received}"
                 )
         masks = [one if one.shape == size else _as_the_model_sees(one, processor) for one in masks]
-    missing = torch.from_numpy(np.stack(masks))[:, None]
-    if (everything := missing.all(dim=(2, 3))[:, 0]).any():
-        index = int(everything.nonzero()[0])
-        raise ValueError(f"mask must leave at least one pixel known, but mask {index} marks all as missing")
-    return missing.expand(count, 1, *size)
+    _check_something_known(masks)
+    return torch.from_numpy(np.stack(masks))[:, None].expand(count, 1, *size)
+
+
+def missing_pixels_of_each(mask: Any, sizes: Sequence[tuple[int, int]]) -> list[Tensor]:
+    """Masks of any form of images in their own sizes (height, width): bool (1, height, width) of each.
+
+    Raises:
+        ValueError: for another size, number or content, and for an image of which nothing is known.
+        TypeError: for what is no mask.
+    """
+    masks = _list_masks(mask, len(sizes))
+    masks = masks * (len(sizes) // len(masks))
+    for index, (one, own) in enumerate(zip(masks, sizes, strict=True)):
+        if one.shape != own:
+            raise ValueError(f"mask must have the size of image {index}, {own}, got {one.shape}")
+    _check_something_known(masks)
+    return [torch.from_numpy(one)[None] for one in masks]
+
+
+def _list_masks(mask: Any, count: int) -> list[np.ndarray]:
+    masks = [one for item in (mask if isinstance(mask, list | tuple) else [mask]) for one in _to_masks(item)]
+    if len(masks) not in (1, count):
+        raise ValueError(f"mask must be one for all images or one for each of {count}, got {len(masks)}")
+    return masks
+
+
+def _check_something_known(masks: Sequence[np.ndarray]) -> None:
+    for index, one in enumerate(masks):
+        if one.all():
+            raise ValueError(f"mask must leave at least one pixel known, but mask {index} marks all as missing")
 
 
 def _as_the_model_sees(missing: np.ndarray, processor: Any) -> np.ndarray:

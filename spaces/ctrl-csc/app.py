@@ -4,7 +4,6 @@ It runs without ctrl_csc_hf: the repository brings its own code. `ctrl-csc demo`
 """
 
 import os
-import sys
 from collections.abc import Callable
 from functools import partial, wraps
 from itertools import pairwise
@@ -247,8 +246,7 @@ def atoms_in_pixels(decoder: Any, stage: int, chosen: torch.Tensor) -> torch.Ten
         signal, low = signal[:, :width], signal[:, width:]  # with `low_pass` stage 2 makes that of the image, too
         signal = decoder.stages[lower].synthesize(signal, (sizes[lower], sizes[lower]))
         if low.shape[1]:
-            deviation = sys.modules[type(decoder).__module__].DETAIL_DEVIATION
-            signal = signal * deviation + decoder.stages[lower].interpolate(low, (sizes[lower], sizes[lower]))
+            signal = signal * decoder.signal_unit + decoder.stages[lower].interpolate(low, (sizes[lower], sizes[lower]))
     return signal
 
 

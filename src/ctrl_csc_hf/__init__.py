@@ -12,6 +12,7 @@ from transformers import AutoConfig, AutoModel
 from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
 from .configuration_ctrl_csc import CtrlCscConfig
+from .denoiser_ctrl_csc import CtrlCscDenoiser, CtrlCscDenoiserConfig
 from .image_processing_ctrl_csc import CtrlCscImageProcessor
 from .modeling_ctrl_csc import (
     CtrlCscDecoder,
@@ -34,6 +35,8 @@ except metadata.PackageNotFoundError:  # a checkout on the path, which was not i
 
 AutoConfig.register(CtrlCscConfig.model_type, CtrlCscConfig)
 AutoModel.register(CtrlCscConfig, CtrlCscModel)
+AutoConfig.register(CtrlCscDenoiserConfig.model_type, CtrlCscDenoiserConfig)
+AutoModel.register(CtrlCscDenoiserConfig, CtrlCscDenoiser)
 AutoImageProcessor.register(CtrlCscConfig, image_processor_classes={"pil": CtrlCscImageProcessor})
 
 
@@ -54,6 +57,8 @@ __all__ = [
     "CtrlCscConfig",
     "CtrlCscDecoder",
     "CtrlCscDecoderOutput",
+    "CtrlCscDenoiser",
+    "CtrlCscDenoiserConfig",
     "CtrlCscEncoder",
     "CtrlCscEncoderOutput",
     "CtrlCscImageProcessor",

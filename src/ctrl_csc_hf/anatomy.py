@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .modeling_ctrl_csc import DETAIL_DEVIATION, CtrlCscDecoder, CtrlCscEncoder
+from .modeling_ctrl_csc import CtrlCscDecoder, CtrlCscEncoder
 from .sparse_coding import ConvolutionalDictionary
 
 ATOMS_AT_ONCE = 64  # that are synthesised in one batch
@@ -63,7 +63,7 @@ def atoms_in_pixels(half: CtrlCscEncoder | CtrlCscDecoder, stage: int) -> Tensor
             signal, low = signal[:, : dictionary.code_channels], signal[:, dictionary.code_channels :]
             signal = dictionary.synthesize(signal, (sizes[lower - 1], sizes[lower - 1]))
         if low.shape[1]:
-            signal = signal * DETAIL_DEVIATION + half.stages[0].interpolate(low, (sizes[0], sizes[0]))
+            signal = signal * half.signal_unit + half.stages[0].interpolate(low, (sizes[0], sizes[0]))
         pictures.append(signal[:, :, start:end, start:end])
     return torch.cat(pictures)
 

@@ -130,6 +130,11 @@ class CtrlCscPreTrainedModel(PreTrainedModel):
         if replaces_another:  # whose card, figures and sampler would be taken for this one's
             remove_records(folder, RECORDS)
 
+    @property
+    def signal_unit(self) -> float:
+        """Of the first stage's signal and of its lambda, in units of pixels in [-1, 1]."""
+        return DETAIL_DEVIATION if self.config.low_pass else 1.0
+
     def dictionaries(self) -> Iterator[ConvolutionalDictionary]:
         return (module for module in self.modules() if isinstance(module, ConvolutionalDictionary))
 
@@ -240,7 +245,7 @@ def _unit_vectors(vectors: Tensor) -> tuple[Tensor, Tensor]:
 class CtrlCscEncoder(CtrlCscPreTrainedModel):
     """f: stages of [sparse coding, batch norm], then a linear stage to one vector, scaled to unit length.
 
-    With `config.low_pass` the first stage codes the image less its low pass, over `DETAIL_DEVIATION`; its batch norm
+    With `config.low_pass` the first stage codes the image less its low pass, over `signal_unit`; its batch norm
     hands on the low pass as further channels, so that the second stage codes both.
 
     The last stage is the adjoint alone, and signed: a non-negative one would confine the latents to one orthant. The
@@ -333,7 +338,7 @@ class CtrlCscEncoder(CtrlCscPreTrainedModel):
         if self.config.low_pass:
             low = self.stages[0].low_pass(signal)
             size = (self.config.image_size, self.config.image_size)
-            signal = (signal - self.stages[0].interpolate(low, size)) / DETAIL_DEVIATION
+            signal = (signal - self.stages[0].interpolate(low, size)) / self.signal_unit
         all_codes: tuple[Tensor, ...] = ()
         all_normalized: tuple[Tensor, ...] = ()
         energy = signal.new_zeros(signal.shape[0]) if output_energy else None

@@ -25,7 +25,15 @@ from transformers.image_processing_utils import BaseImageProcessor
 from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
 from .repository_ctrl_csc import MODEL_INDEX, SAMPLER, SAMPLER_INDEX, copy_records, save_repository
-from .restoration import NOISE_LEVELS, calibrate_denoising, denoise, denoising_sparsity, inpaint, missing_pixels
+from .restoration import (
+    NOISE_LEVELS,
+    calibrate_denoising,
+    denoise,
+    denoising_sparsity,
+    inpaint,
+    missing_pixels,
+    missing_pixels_of_each,
+)
 from .sampling import LatentSampler
 
 # diffusers 0.42 forgets `trust_remote_code` where it measures the components for device_map="balanced", but asks for no
@@ -61,6 +69,8 @@ class CtrlCscPipeline(DiffusionPipeline):
         model: a `CtrlCscModel`.
         image_processor: its `CtrlCscImageProcessor`, which says what counts as an image.
         sampler: its `LatentSampler`, which `sample` alone needs.
+        denoiser: a `CtrlCscDenoiser`, with which `denoise` and `inpaint` take photographs of any size. It has a
+            repository of its own and is not saved with the pipeline.
 
     ```python
     >>> from PIL import Image
@@ -75,13 +85,23 @@ class CtrlCscPipeline(DiffusionPipeline):
     model: Any
     image_processor: Any
     sampler: Any
-    _optional_components = ["sampler"]
+    denoiser: Any
+    _optional_components = ["sampler", "denoiser"]
 
     def __init__(
-        self, model: PreTrainedModel, image_processor: BaseImageProcessor, sampler: object | None = None
+        self,
+        model: PreTrainedModel,
+        image_processor: BaseImageProcessor,
+        sampler: object | None = None,
+        denoiser: PreTrainedModel | None = None,
     ) -> None:
         super().__init__()
-        self.register_modules(model=model.eval(), image_processor=image_processor, sampler=sampler)
+        self.register_modules(
+            model=model.eval(),
+            image_processor=image_processor,
+            sampler=sampler,
+            denoiser=None if denoiser is None else denoiser.eval(),
+        )
 
     @torch.no_grad()
     def __call__(
@@ -129,25 +149,55 @@ class CtrlCscPipeline(DiffusionPipeline):
         return output if return_dict else output.to_tuple()
 
     @torch.no_grad()
-    def denoise(self, image: Any, noise_std: float, batch_size: int = 64, output_type: str = "pil") -> Images:
-        """Images without their noise: the reconstruction xh(y), and a sparse code of what it leaves, xh(y) + A(z).
+    def denoise(
+        self, image: Any, noise_std: float, batch_size: int = 64, output_type: str = "pil"
+    ) -> Images | list[np.ndarray] | list[Tensor]:
+        """Images without their noise, by the pipeline's denoiser or, where it has none, by its model.
 
+        The denoiser gives each image back in its own size, see `CtrlCscDenoiser`. The model works in its own size. It
+        gives the reconstruction xh(y), and a sparse code of what that leaves, xh(y) + A(z):
         z = argmin_{z >= 0} lambda |z|_1 + 1/2 |y - xh(y) - A(z)|^2, with the first stage's dictionary. lambda belongs
         to the noise: `model.config.denoising_sparsity`, which `calibrate_denoising` sets, or 3 noise_std^2 where it
         is unset. A lambda above all that the residual holds gives the reconstruction, a lambda of 0 the noisy image.
 
         Args:
-            image, batch_size, output_type: see `__call__`.
+            image, batch_size, output_type: see `__call__`. Images of different sizes come one by one.
             noise_std: standard deviation of the noise, in units of pixels in [-1, 1]: twice that of pixels in [0, 1].
+
+        Returns:
+            As in `CtrlCscPipelineOutput`; of images of different sizes a list, each (height, width, 3) for "np" and
+            (3, height, width) for "pt".
 
         Raises:
             ValueError: for a `noise_std` that is not positive and finite; else as `__call__`.
         """
         self._check(batch_size, output_type)
+        if self.denoiser is not None:
+            batches = self._batches_in_own_size(self._pixels_in_own_size(image), batch_size)
+            restored = [self.denoiser.denoise(batch, noise_std) for batch in self.progress_bar(batches)]
+            return self._postprocess_in_own_size(restored, output_type)
         sparsity = denoising_sparsity(self.model.config, noise_std)
         batches = self.progress_bar(self._preprocess(image).split(batch_size))
         denoised = torch.cat([denoise(self.model, batch, sparsity) for batch in batches])
         return self.image_processor.postprocess(denoised, output_type=output_type)
+
+    def _pixels_in_own_size(self, image: Any) -> list[Tensor]:
+        """(3, H, W) of each image, pixels in [-1, 1]."""
+        own = self.image_processor(image, do_resize=False, do_center_crop=False).pixel_values
+        return [torch.as_tensor(pixels).to(self.denoiser.device, self.denoiser.dtype) for pixels in own]
+
+    @staticmethod
+    def _batches_in_own_size(tensors: list[Tensor], batch_size: int) -> list[Tensor]:
+        if len({tensor.shape for tensor in tensors}) == 1:
+            return list(torch.stack(tensors).split(batch_size))
+        return [tensor[None] for tensor in tensors]
+
+    def _postprocess_in_own_size(
+        self, batches: list[Tensor], output_type: str
+    ) -> Images | list[np.ndarray] | list[Tensor]:
+        if len({batch.shape[1:] for batch in batches}) == 1:
+            return self.image_processor.postprocess(torch.cat(batches), output_type=output_type)
+        return [self.image_processor.postprocess(batch, output_type=output_type)[0] for batch in batches]
 
     @torch.no_grad()
     def calibrate_denoising(self, image: Any, noise_std: Sequence[float] = NOISE_LEVELS) -> list[list[float]]:
@@ -173,20 +223,23 @@ class CtrlCscPipeline(DiffusionPipeline):
     @torch.no_grad()
     def inpaint(
         self, image: Any, mask: Any, keep_known: bool = False, batch_size: int = 64, output_type: str = "pil"
-    ) -> Images:
-        """Images completed from their known pixels, by sparse coding restricted to these and then the loop, twice.
+    ) -> Images | list[np.ndarray] | list[Tensor]:
+        """Images completed from their known pixels, by the pipeline's denoiser or, where it has none, by its model.
 
-        The result is the model's reconstruction of the completed image, everywhere: with an empty mask that of
-        `__call__`, exactly. `keep_known` puts the known pixels themselves back in place.
+        The denoiser completes each image in its own size, see `CtrlCscDenoiser.inpaint`; known pixels stay. The model
+        does it by sparse coding restricted to the known pixels and then the loop, twice. Its result is the model's
+        reconstruction of the completed image, everywhere: with an empty mask that of `__call__`, exactly. `keep_known`
+        puts the known pixels themselves back in place.
 
         Args:
-            image, batch_size, output_type: see `__call__`.
+            image, batch_size, output_type: see `denoise`.
             mask: of what is missing: a black and white PIL image, white where missing; an array or tensor
                 (height, width), (n, height, width) or (n, 1, height, width), bool or of 0 and 1, 1 where missing; or a
                 list of these. One for all images, or one each. A mask of the model's size, (image_size, image_size),
                 is of the pixels that the model sees; any other must have its image's own size, and is resized and
                 cropped like it: every pixel that a missing one contributes to is missing. What an image holds where
-                it is missing does not matter, unless the mask has the model's size and the image another.
+                it is missing does not matter, unless the mask has the model's size and the image another. With a
+                denoiser, masks have their images' own sizes.
             keep_known: whether known pixels stay as they are.
 
         Raises:
@@ -195,6 +248,16 @@ class CtrlCscPipeline(DiffusionPipeline):
             TypeError: for what is no mask or no image.
         """
         self._check(batch_size, output_type)
+        if self.denoiser is not None:
+            own = self._pixels_in_own_size(image)
+            masks = missing_pixels_of_each(mask, [(one.shape[1], one.shape[2]) for one in own])
+            pairs = zip(
+                self._batches_in_own_size(own, batch_size),
+                self._batches_in_own_size([one.to(self.denoiser.device) for one in masks], batch_size),
+                strict=True,
+            )
+            restored = [self.denoiser.inpaint(*pair) for pair in self.progress_bar(list(pairs))]
+            return self._postprocess_in_own_size(restored, output_type)
         pixel_values = self._preprocess(image)
         missing = missing_pixels(mask, image, pixel_values, self.image_processor).to(self.device)
         batches = list(zip(pixel_values.split(batch_size), missing.split(batch_size), strict=True))
@@ -247,7 +310,7 @@ class CtrlCscPipeline(DiffusionPipeline):
 
         Args:
             pretrained_model_name_or_path: a folder or a Hub repository.
-            kwargs: `model`, `image_processor` or `sampler`, which then are not loaded; `revision`, `token`,
+            kwargs: `model`, `image_processor` or `sampler`, which then are not loaded; `denoiser`; `revision`, `token`,
                 `cache_dir`, `force_download`, `local_files_only`, as of `snapshot_download`; `trust_remote_code`; the
                 rest, such as `dtype` and `device_map`, is passed to `AutoModel.from_pretrained`.
 
@@ -255,7 +318,7 @@ class CtrlCscPipeline(DiffusionPipeline):
             OSError, ValueError: if model or image processor are not there.
         """
         name = str(pretrained_model_name_or_path)
-        given = {part: kwargs.pop(part) for part in ("model", "image_processor", SAMPLER) if part in kwargs}
+        given = {part: kwargs.pop(part) for part in ("model", "image_processor", SAMPLER, "denoiser") if part in kwargs}
         hub = {keyword: kwargs.pop(keyword) for keyword in HUB_KEYWORDS if keyword in kwargs}
         trust = {"trust_remote_code": kwargs.pop("trust_remote_code", False)}
         folder = Path(name) if Path(name).is_dir() else Path(snapshot_download(name, **hub))
