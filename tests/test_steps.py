@@ -91,7 +91,7 @@ def test_a_step_reads_no_value_and_brings_none(terms: dict[str, Any]) -> None:
         torch.tensor(1.0)
 
 
-# Half of what commit 9c68f68 launched, counted alike: 860 and 1722 for the nets of cifar10_512, 892 and 1583 for imagenet64.
+# Half of what commit 9c68f68 launched, counted alike: 860 and 1722 for cifar10_512, 892 and 1583 for imagenet64.
 @pytest.mark.parametrize(("preset", "fit", "game"), [("cifar10_512", 430, 861), ("imagenet64", 446, 791)])
 def test_a_step_launches_at_most_half_as_many_operations_as_at_9c68f68(preset: str, fit: int, game: int) -> None:
     config = CtrlCscConfig(**load_preset(preset)["model"])
