@@ -45,7 +45,7 @@ def test_its_card_holds_the_figures_of_its_metrics(checkpoint: Path) -> None:
     card = (checkpoint / "README.md").read_text(encoding="utf-8")
     metrics = json.loads((checkpoint / "metrics.json").read_text(encoding="utf-8"))
     (figure,) = psnr_figures(metrics)
-    assert "On `uoft-cs/cifar10`, split test, by training/evaluate.py" in card
+    assert f"On `uoft-cs/cifar10`, split test, by {figure['measured_by']}" in card
     assert f"| PSNR, mean over images, dB | {figure['value']:.2f} | {figure['num_images']} |" in card
 
 
