@@ -13,36 +13,29 @@ import argparse
 import sys
 import time
 from collections.abc import Sequence
-from io import BytesIO
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
 from restoration import Restorer, mean_psnr, non_local_means, print_table, total_variation
 from torch import Tensor
-from transformers import AutoModel
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "training"))
 
-from data import ImageSource, load_images
+from data import ImageSource, as_rgb, load_images
 
 from ctrl_csc_hf import CtrlCscDenoiser
-from ctrl_csc_hf.encoding import find_columns, image_bytes
+from ctrl_csc_hf.encoding import draw_images
 
 LEVELS = (15, 25, 50)  # of 255
 TUNING_IMAGES, TUNING_SIDE = 12, 128  # of photographs, their middles
 
 
 def read(dataset: str, split: str, count: int | None) -> list[Tensor]:
-    """(1, 3, H, W), pixels in [-1, 1], of each image in its own size."""
+    """(1, 3, H, W), pixels in [-1, 1], of each image in its own size: all in their order, or a uniform sample."""
     rows = load_images(ImageSource(dataset_name=dataset, split=split, label_column="none", streaming=True))
-    column, _ = find_columns(rows.features)
-    images = []
-    for row in rows if count is None else rows.take(count):
-        pixels = np.array(Image.open(BytesIO(image_bytes(row[column]))).convert("RGB"))
-        images.append(torch.from_numpy(pixels).permute(2, 0, 1)[None] / 127.5 - 1)
-    return images
+    images = [np.array(as_rgb(image)) for image in draw_images(rows, count)[0]]
+    return [torch.from_numpy(image).permute(2, 0, 1)[None] / 127.5 - 1 for image in images]
 
 
 def with_noise(images: Sequence[Tensor], level: int) -> list[Tensor]:
@@ -94,7 +87,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--num_images", type=int, help="of each test split; by default all")
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
-    denoiser = AutoModel.from_pretrained(options.denoiser).eval()
+    denoiser = CtrlCscDenoiser.from_pretrained(options.denoiser).eval()
     for dataset in options.dataset:
         tuning = [middle(image) for image in read(dataset, "train", TUNING_IMAGES)]
         measure(denoiser, dataset, options.num_images, tuning, Path(dataset).name)

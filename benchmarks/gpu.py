@@ -32,7 +32,7 @@ sys.path.append(str(Path(__file__).resolve().parents[1] / "training"))
 import torch._functorch.config as functorch_config
 from accelerator import PEAKS
 from ema import CALIBRATION_IMAGES, evaluated_model, held_out_figures, recompute_statistics
-from packed import pack, read_pixels, to_pixel_values
+from packed import check_packed, pack, read_pixels, to_pixel_values
 from phases import Phases
 from rivals import two_phase_step, with_plain_stages
 from settings import ENCODERS, TrainingSettings
@@ -278,7 +278,8 @@ class Training:
     def measure(self) -> None:
         """Figures of what was saved, on held-out images."""
         saved = AutoModel.from_pretrained(self.folder).to(DEVICE).eval()
-        held_out = to_pixel_values(self.pixels["held_out"][: self.options.held_out_images])
+        order = torch.randperm(len(self.pixels["held_out"]), generator=torch.Generator().manual_seed(0))
+        held_out = to_pixel_values(self.pixels["held_out"][order[: self.options.held_out_images]])
         self.figures |= {f"steps of {name}": count for name, count in self.steps.items()}
         self.figures |= {"batch": self.batch, "training images": len(self.pixels["train"])}
         self.figures |= {"model, MB": (self.folder / "model.safetensors").stat().st_size / 1e6}
@@ -478,6 +479,19 @@ def main(arguments: list[str] | None = None) -> None:
         )
     if "train" in options.pieces and not (options.data and all(path.is_file() for path in options.data)):
         parser.error(f"--data must be a file that pack wrote, for the piece train, got {options.data}")
+    if len(options.feature_model) != len(options.feature_size):
+        parser.error(
+            f"--feature_size must be one number for each --feature_model, got {len(options.feature_size)} for "
+            f"{len(options.feature_model)}"
+        )
+    if "train" in options.pieces:  # which comes last, minutes later
+        try:
+            for preset in options.preset:
+                load_preset(preset)
+            for path in options.data:
+                check_packed(path)
+        except ValueError as error:
+            parser.error(str(error))
     for piece in options.pieces:
         run_piece(piece, options)
 

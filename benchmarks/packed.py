@@ -9,12 +9,14 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image, ImageOps
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from ctrl_csc_hf import CtrlCscImageProcessor
 
+# Decides about transparency, 16 bits and the like.
+AS_RGB = CtrlCscImageProcessor(do_resize=False, do_center_crop=False, rescale_factor=1.0, do_normalize=False)
 DECODED_AT_ONCE = 256
 
 
@@ -26,10 +28,13 @@ def pack(dataset: str, splits: dict[str, str], half: int | None, output: Path) -
     Args:
         dataset: a Hub id, or a folder.
         half: 0 or 1 for every other image of "train".
+
+    Raises:
+        ValueError: for an image that cannot be read.
     """
     from data import ImageSource, load_images
 
-    from ctrl_csc_hf.encoding import find_columns, image_bytes
+    from ctrl_csc_hf.encoding import find_columns, image_bytes, load_image, name_of
 
     tensors, metadata = {}, {}
     for part, split in splits.items():
@@ -39,8 +44,12 @@ def pack(dataset: str, splits: dict[str, str], half: int | None, output: Path) -
         files, labels = [], []
         for index, row in enumerate(rows):
             if not halved or index % 2 == half:
+                try:
+                    load_image(row[image_column])
+                except Exception as error:  # PIL's decoders raise nearly everything on broken files
+                    name = name_of(row[image_column], str(index))
+                    raise ValueError(f"{split}, {name} cannot be read, {error!r}: leave it out") from error
                 files.append(image_bytes(row[image_column]))
-                Image.open(BytesIO(files[-1])).load()  # what cannot be read is found here
                 labels.append(row[label_column] if label_column else -1)
         tensors |= {
             f"{part}.bytes": torch.frombuffer(bytearray(zlib.compress(b"".join(files))), dtype=torch.uint8),
@@ -53,6 +62,18 @@ def pack(dataset: str, splits: dict[str, str], half: int | None, output: Path) -
     print(f"{output}: {metadata}, {output.stat().st_size / 2**20:.1f} MiB")
 
 
+def check_packed(path: Path) -> None:
+    """ValueError for a file that `pack` did not write."""
+    wanted = {f"{part}.{name}" for part in ("train", "held_out") for name in ("bytes", "sizes")}
+    try:
+        with safe_open(path, "pt") as file:
+            missing = wanted.difference(file.keys())
+    except (OSError, SafetensorError) as error:
+        raise ValueError(f"--data must be a file that pack wrote, got {path}: {error}") from error
+    if missing:
+        raise ValueError(f"--data must be a file that pack wrote, but {path} lacks {', '.join(sorted(missing))}")
+
+
 def read_pixels(path: Path, part: str, size: int) -> Tensor:
     """The images of "train" or "held_out" of a packed file, the middle square of each: (n, 3, size, size), uint8."""
     with safe_open(path, "pt") as file:
@@ -62,7 +83,9 @@ def read_pixels(path: Path, part: str, size: int) -> Tensor:
 
     def decode(first: int) -> None:
         for index in range(first, min(first + DECODED_AT_ONCE, len(ends))):
-            image = Image.open(BytesIO(data[ends[index - 1] if index else 0 : ends[index]])).convert("RGB")
+            image = Image.open(BytesIO(data[ends[index - 1] if index else 0 : ends[index]]))
+            if image.mode != "RGB" or image.has_transparency_data:
+                image = Image.fromarray(AS_RGB(image).pixel_values[0].round().astype(np.uint8).transpose(1, 2, 0))
             if image.size != (size, size):
                 image = ImageOps.fit(image, (size, size), CtrlCscImageProcessor.resample)
             pixels[index] = image

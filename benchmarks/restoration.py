@@ -355,7 +355,7 @@ def main(arguments: list[str] | None = None) -> None:
     torch.set_num_threads(1)
     model = CtrlCscModel.from_pretrained(options.model).eval()
     baseline = None if options.baseline is None else AutoModel.from_pretrained(options.baseline).eval()
-    denoiser = None if options.denoiser is None else AutoModel.from_pretrained(options.denoiser).eval()
+    denoiser = None if options.denoiser is None else CtrlCscDenoiser.from_pretrained(options.denoiser).eval()
     source = ImageSource(dataset_name=options.dataset_name, split=options.split, label_column="none", streaming=True)
     rows = load_images(source)
     image_column, _ = find_columns(rows.features)

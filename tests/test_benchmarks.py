@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import save_file
 from transformers import AutoModel
 
 from ctrl_csc_hf import ConvolutionalSparseCoding, CtrlCscConfig, CtrlCscModel
@@ -96,6 +97,43 @@ def test_gpu_script_runs_where_the_libraries_of_training_are_missing_and_goes_on
     before = results.file.read_bytes()
     gpu.main([*command[2:], "--train_seconds", "2"])
     assert results.file.read_bytes() == before
+
+
+def test_gpu_script_refuses_at_once_what_its_last_piece_would(tmp_path, capsys):
+    gpu = importlib.import_module("gpu")
+    (tmp_path / "text").write_text("no tensors", encoding="utf-8")
+    save_file({"train.bytes": torch.zeros(1), "train.sizes": torch.zeros(1)}, tmp_path / "other")
+    tensors = {f"{part}.{name}": torch.zeros(1) for part in ("train", "held_out") for name in ("bytes", "sizes")}
+    save_file(tensors, tmp_path / "packed")
+    for data, flags, message in (
+        ("text", [], "--data must be a file that pack wrote, got"),
+        ("other", [], "lacks held_out.bytes, held_out.sizes"),
+        ("packed", ["--preset", "nothing"], "a preset must be a YAML file or one of"),
+        ("packed", ["--feature_model", "a", "b", "--feature_size", "8"], "one number for each --feature_model, got 1"),
+    ):
+        with pytest.raises(SystemExit):
+            gpu.main(["--output", str(tmp_path / "out"), "--data", str(tmp_path / data), *flags])
+        assert message in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_packed_images_are_as_the_processor_sees_them_and_what_cannot_be_read_is_named(tmp_path):
+    packed = importlib.import_module("packed")
+    for split in ("train", "test"):
+        (tmp_path / "images" / split).mkdir(parents=True)
+        Image.fromarray(np.full((8, 8), 100 * 257, dtype=np.uint16)).save(tmp_path / "images" / split / "0.png")
+        Image.new("RGBA", (8, 8), (200, 0, 0, 0)).save(tmp_path / "images" / split / "1.png")
+    splits = {"train": "train", "held_out": "test"}
+    packed.pack(str(tmp_path / "images"), splits, None, tmp_path / "packed")
+    for size in (8, 4):
+        assert [torch.unique(p).tolist() for p in packed.read_pixels(tmp_path / "packed", "train", size)] == [
+            [100],
+            [255],
+        ]
+    broken = tmp_path / "images" / "train" / "2.png"
+    broken.write_bytes(b"no image")
+    with pytest.raises(ValueError, match=f"train, {broken} cannot be read, .*: leave it out"):
+        packed.pack(str(tmp_path / "images"), splits, None, tmp_path / "packed")
 
 
 def test_gpu_script_writes_what_failed_and_goes_on(tmp_path, monkeypatch):

@@ -3,11 +3,13 @@
 import importlib
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
+import onnxruntime
 import pytest
 import torch
 from diffusers import DiffusionPipeline
@@ -255,6 +257,37 @@ def test_pipelines_take_a_denoiser_where_they_are_loaded_and_save_none(pipe, tmp
         assert load(tmp_path).denoise(image, 0.2)[0].size == (16, 16)
 
 
+@pytest.mark.parametrize(
+    "wrong", [{"stride": 3}, {"kernel_size": 7}, {"kernel_size": 10}, {"num_iterations": 0}, {"num_dictionaries": 0}]
+)
+def test_wrong_numbers_of_a_configuration_are_named(wrong, tmp_path):
+    ((field, value),) = wrong.items()
+    with pytest.raises(ValueError, match=f"{field}={value} is not allowed: it must be"):
+        CtrlCscDenoiserConfig(**wrong)
+    a_denoiser().save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=f"{field}={value} is not allowed: it must be"):
+        CtrlCscDenoiser.from_pretrained(tmp_path, **wrong)
+
+
+def test_the_folder_of_another_model_gives_no_untrained_denoiser(pipe, tmp_path):
+    pipe.model.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="model_type='ctrl_csc' is not allowed: it must be 'ctrl_csc_denoiser'"):
+        CtrlCscDenoiser.from_pretrained(tmp_path)
+
+
+def test_exported_to_onnx_it_takes_any_number_of_images_of_any_size(tmp_path):
+    denoiser, path = a_denoiser(), tmp_path / "denoiser.onnx"
+    example = torch.randn(3, 3, 20, 26), torch.full((3,), 0.1)
+    sizes = {"noisy": {0: "n", 2: "height", 3: "width"}, "noise_std": {0: "n"}}
+    torch.onnx.export(denoiser, example, path, dynamo=True, dynamic_shapes=sizes, verbose=False)
+    session = onnxruntime.InferenceSession(path)
+    for size in ((1, 31, 44), (2, 5, 6)):
+        noisy, noise_std = torch.randn(size[0], 3, *size[1:]), torch.full((size[0],), 0.2)
+        (got,) = session.run(None, {"noisy": noisy.numpy(), "noise_std": noise_std.numpy()})
+        with torch.no_grad():
+            torch.testing.assert_close(torch.from_numpy(got), denoiser(noisy, noise_std), atol=1e-5, rtol=1e-4)
+
+
 # Its training
 
 
@@ -281,6 +314,79 @@ def test_its_training_packs_photographs_and_leaves_a_denoiser_and_its_figures(tm
     loaded = AutoModel.from_pretrained(tmp_path / "out")
     assert loaded.config.num_atoms == 4 and "25/255" in capsys.readouterr().out
     assert loaded.denoise(torch.randn(1, 3, 9, 9), 0.2).isfinite().all()
+
+
+def test_16_bits_and_hidden_colours_are_packed_as_the_processor_sees_them_and_unreadable_images_are_left_out(
+    tmp_path, caplog
+):
+    training = importlib.import_module("denoiser")
+    for split in ("train", "test"):
+        folder = tmp_path / "images" / split
+        folder.mkdir(parents=True)
+        Image.fromarray(np.full((9, 9), 100 * 257, dtype=np.uint16)).save(folder / "0.png")
+        Image.new("RGBA", (9, 9), (200, 0, 0, 0)).save(folder / "1.png")
+        photograph(40, 40).save(folder / "2.jpg")
+        (folder / "2.jpg").write_bytes((folder / "2.jpg").read_bytes()[:900])
+    training.main(["pack", "--dataset", str(tmp_path / "images"), "--output", str(tmp_path / "packed")])
+    packed = training.read_photographs(tmp_path / "packed", "train")
+    assert [torch.unique(p).tolist() for p in packed] == [[100], [255]]
+    assert f"unreadable image skipped, {tmp_path / 'images' / 'train' / '2.jpg'}" in caplog.text
+
+
+def test_photographs_are_drawn_from_a_whole_split(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "benchmarks"))
+    training, benchmark = importlib.import_module("denoiser"), importlib.import_module("denoising")
+    for index in range(40):
+        path = tmp_path / "images" / ("test" if index % 2 else "train") / f"{index:02d}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (4, 4), (index, 0, 0)).save(path)
+    command = ["pack", "--dataset", str(tmp_path / "images"), "--output", str(tmp_path / "packed")]
+    training.main([*command, "--train_images", "8"])
+    drawn = [int(p[0, 0, 0]) for p in training.read_photographs(tmp_path / "packed", "train")]
+    assert len(set(drawn)) == 8 and max(drawn) > 16 and all(value % 2 == 0 for value in drawn)
+    levels = [round(float(p[0, 0, 0, 0] + 1) * 127.5) for p in benchmark.read(str(tmp_path / "images"), "test", 8)]
+    assert len(set(levels)) == 8 and max(levels) > 16
+    everything = [int(p[0, 0, 0]) for p in training.read_photographs(tmp_path / "packed", "test")]
+    assert everything == list(range(1, 40, 2))  # in their order, on which the seeds of the noise depend
+
+
+def test_what_its_training_cannot_use_is_named(tmp_path):
+    training = importlib.import_module("denoiser")
+    for index in range(3):
+        path = tmp_path / "images" / "train" / f"{index}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        photograph(10, 12, index).save(path)
+    pack = ["pack", "--dataset", str(tmp_path / "images"), "--output", str(tmp_path / "packed")]
+    with pytest.raises(ValueError, match=r"must have the splits train and test, .* has train, not test"):
+        training.main(pack)
+    (tmp_path / "images" / "test").mkdir()
+    photograph(10, 12).save(tmp_path / "images" / "test" / "0.png")
+    training.main(pack)
+    a_denoiser().save_pretrained(tmp_path / "model")
+    for flags, message in (
+        (["--held_out", "3"], "--held_out must be above 0 and below .* 3, got 3"),
+        (["--held_out", "0"], "--held_out must be above 0 and below .* 3, got 0"),
+        (["--held_out", "1", "--crop", "11"], "--crop must be positive and at most 10, .* got 11"),
+        (["--data", str(tmp_path / "model" / "model.safetensors")], "--data must be a file that pack wrote, .* train"),
+        (["--data", str(tmp_path / "model" / "config.json")], "--data must be a file that pack wrote"),
+    ):
+        command = ["train", "--data", str(tmp_path / "packed"), "--output", str(tmp_path / "out"), *flags]
+        with pytest.raises(ValueError, match=message):
+            training.main(command)
+    assert not (tmp_path / "out").exists()
+    result = subprocess.run([sys.executable, training.__file__, *command], capture_output=True, text=True)
+    assert result.returncode == 1 and result.stderr.startswith("ValueError: --data") and "\n" not in result.stderr[:-1]
+
+
+def test_a_card_and_figures_of_other_weights_do_not_stay_beside_new_ones(tmp_path):
+    training, denoiser = importlib.import_module("denoiser"), a_denoiser()
+    shutil.copytree(Path(__file__).parents[1] / "checkpoints" / "ctrl-csc-denoiser", tmp_path / "model")
+    training.save(denoiser, denoiser.state_dict(), tmp_path / "model")
+    assert {path.name for path in (tmp_path / "model").iterdir()} == {
+        "config.json",
+        "denoiser_ctrl_csc.py",
+        "model.safetensors",
+    }
 
 
 def test_its_benchmark_prints_a_table(tmp_path, capsys, monkeypatch):

@@ -22,7 +22,7 @@ from safetensors.torch import load_file
 from settings import SCHEDULERS
 from transformers import AutoModel
 
-from ctrl_csc_hf import CtrlCscConfig, CtrlCscImageProcessor, CtrlCscModel
+from ctrl_csc_hf import CtrlCscConfig, CtrlCscDenoiser, CtrlCscDenoiserConfig, CtrlCscImageProcessor, CtrlCscModel
 from ctrl_csc_hf.presets import load_preset, preset_names
 
 Train = Callable[..., Path]
@@ -147,6 +147,13 @@ def test_a_resumed_run_refuses_settings_that_it_could_not_keep_to(train: Train) 
         train("--resume_from_checkpoint", "latest", "--max_train_steps", "4", "--resolution", "32")
     with pytest.raises(ValueError, match=r"max_train_steps must be at least 2, the step of .*checkpoint-2, got 1"):
         train("--resume_from_checkpoint", "latest", "--max_train_steps", "1")
+
+
+def test_a_denoiser_is_no_model_to_start_from(train: Train, tmp_path: Path) -> None:
+    sizes = {"num_atoms": 4, "num_iterations": 1, "num_dictionaries": 1}
+    CtrlCscDenoiser(CtrlCscDenoiserConfig(**sizes)).save_pretrained(tmp_path / "denoiser")
+    with pytest.raises(ValueError, match=r"must be a model of train\.py, but .*denoiser is a ctrl_csc_denoiser"):
+        train("--pretrained_model_name_or_path", str(tmp_path / "denoiser"), "--max_train_steps", "1")
 
 
 def test_a_run_is_resumed_on_the_same_images_wherever_they_lie_and_on_no_others(

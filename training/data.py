@@ -388,7 +388,7 @@ def decode(
     if image.getexif().get(ExifTags.Base.Orientation, 1) != 1:
         ImageOps.exif_transpose(image, in_place=True)  # decodes it, at its full size
     if image.mode not in ("RGB", "L") or image.has_transparency_data:
-        image = Image.fromarray(_to_rgb(image).pixel_values[0].round().astype(np.uint8).transpose(1, 2, 0))
+        image = as_rgb(image)
     width, height = image.size
     if augmentation == "crop_and_flip":
         box, size = _random_box(width, height, generator), (image_size, image_size)
@@ -407,6 +407,11 @@ def decode(
     if augmentation != "none" and generator.random() < 0.5:
         image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
     return np.asarray(image).transpose(2, 0, 1)
+
+
+def as_rgb(image: Image.Image) -> Image.Image:
+    """Of any mode, in its own size, as the image processor sees it."""
+    return Image.fromarray(_to_rgb(image).pixel_values[0].round().astype(np.uint8).transpose(1, 2, 0))
 
 
 # Decides about transparency, 16 bits and the like, for the images of all programs alike.

@@ -16,11 +16,12 @@ import time
 from collections.abc import Callable
 from io import BytesIO
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -28,6 +29,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "src"))  # rather t
 from steps import Replay, make_adam, set_learning_rate
 
 from ctrl_csc_hf.denoiser_ctrl_csc import CtrlCscDenoiser, CtrlCscDenoiserConfig
+from ctrl_csc_hf.repository_ctrl_csc import remove_records
 
 PIXEL_STD = 127.5  # of 255 levels, the unit of pixels in [-1, 1]
 TRAINED_LEVELS = (5.0, 55.0)  # of 255
@@ -39,28 +41,41 @@ DROP = 1.0  # dB below the best held-out figure, at which training returns to th
 SLOWER = 0.7  # the learning rate from there
 CHECKPOINTS_APART, FIRST_CHECK = 25.0, 8.0  # seconds
 MEASUREMENT_SECONDS = 15.0
+FIGURES = "denoiser.json"
 BFLOAT16_SHARE = 0.85
 
 
 def pack(dataset: str, output: Path, train_images: int | None, test_images: int | None) -> None:
-    """Writes the photographs of a data set to one file: JPEG as it is, others as lossless WebP."""
-    from data import ImageSource, load_images
+    """Writes the photographs of a data set to one file: JPEG as it is, others as lossless WebP.
 
-    from ctrl_csc_hf.encoding import find_columns, image_bytes
+    Args:
+        train_images, test_images: how many are drawn; None for all.
 
+    Raises:
+        ValueError: if there is no split train or test, or no image that can be read.
+    """
+    from data import ImageSource, as_rgb, load_images, split_names
+
+    from ctrl_csc_hf.encoding import draw_images, image_bytes, load_image
+
+    def read(encoded: Any) -> bytes:
+        image = load_image(encoded)
+        if image.format == "JPEG":
+            return image_bytes(encoded)
+        buffer = BytesIO()
+        as_rgb(image).save(buffer, "WEBP", lossless=True, quality=80, method=4)
+        return buffer.getvalue()
+
+    found = split_names(ImageSource(dataset_name=dataset))
+    if missing := {"train", "test"}.difference(found):
+        raise ValueError(
+            f"the data set must have the splits train and test, such as folders of these names, but {dataset} has "
+            f"{', '.join(found)}, not {' and '.join(sorted(missing))}"
+        )
     tensors = {}
     for split, count in (("train", train_images), ("test", test_images)):
         rows = load_images(ImageSource(dataset_name=dataset, split=split, label_column="none", streaming=True))
-        column, _ = find_columns(rows.features)
-        files = []
-        for row in rows if count is None else rows.take(count):
-            file = image_bytes(row[column])
-            image = Image.open(BytesIO(file))
-            if image.format != "JPEG":
-                buffer = BytesIO()
-                image.convert("RGB").save(buffer, "WEBP", lossless=True, quality=80, method=4)
-                file = buffer.getvalue()
-            files.append(file)
+        files, _ = draw_images(rows, count, read=read)
         tensors[f"{split}.bytes"] = torch.frombuffer(bytearray(b"".join(files)), dtype=torch.uint8)
         tensors[f"{split}.sizes"] = torch.tensor([len(file) for file in files], dtype=torch.int32)
     output.parent.mkdir(parents=True, exist_ok=True)
@@ -72,10 +87,17 @@ def pack(dataset: str, output: Path, train_images: int | None, test_images: int 
 
 
 def read_photographs(path: Path, split: str) -> list[Tensor]:
-    """(3, H, W), uint8, each of its own size."""
-    with safe_open(path, "pt") as file:
-        files = file.get_tensor(f"{split}.bytes").split(file.get_tensor(f"{split}.sizes").tolist())
-    images = [Image.open(BytesIO(data.numpy().tobytes())).convert("RGB") for data in files]
+    """(3, H, W), uint8, each of its own size.
+
+    Raises:
+        ValueError: for a file that `pack` did not write.
+    """
+    try:
+        with safe_open(path, "pt") as file:
+            files = file.get_tensor(f"{split}.bytes").split(file.get_tensor(f"{split}.sizes").tolist())
+        images = [Image.open(BytesIO(data.numpy().tobytes())).convert("RGB") for data in files]
+    except (OSError, SafetensorError, RuntimeError) as error:  # RuntimeError: of benchmarks/packed.py
+        raise ValueError(f"--data must be a file that pack wrote, got {path}: {error}") from error
     return [torch.from_numpy(np.array(image)).permute(2, 0, 1) for image in images]
 
 
@@ -85,6 +107,10 @@ class Crops:
     def __init__(self, photographs: list[Tensor], size: int, device: torch.device) -> None:
         wide = [p if p.shape[2] >= p.shape[1] else p.transpose(1, 2) for p in photographs]
         height, width = (min(p.shape[dim] for p in wide) for dim in (1, 2))
+        if not 0 < size <= height:
+            raise ValueError(f"--crop must be positive and at most {height}, a side of a photograph, got {size}")
+        if any(p.shape[1:] != (height, width) for p in wide):
+            print(f"of each photograph the first {height} x {width} pixels are used, as many as the smallest has")
         self.pixels = torch.stack([p[:, :height, :width] for p in wide]).to(device)
         self.size, self.device = size, device
 
@@ -162,7 +188,9 @@ def shifted(model: CtrlCscDenoiser, noisy: Tensor, noise_std: Tensor) -> Tensor:
 
 
 def save(model: CtrlCscDenoiser, state: dict[str, Tensor], folder: Path) -> None:
-    """The file in float16, half as large; the model is loaded in float32."""
+    """The file in float16, half as large; the model is loaded in float32. No card or figures of another stay beside."""
+    remove_records(folder)
+    (folder / FIGURES).unlink(missing_ok=True)
     model.save_pretrained(folder, state_dict={name: value.half() for name, value in state.items()})
 
 
@@ -216,6 +244,15 @@ def train(options: argparse.Namespace) -> None:
     torch.backends.cudnn.benchmark = True
     torch.manual_seed(options.seed)
     photographs = read_photographs(options.data, "train")
+    test = read_photographs(options.data, "test")
+    if options.measured is not None:
+        order = torch.randperm(len(test), generator=torch.Generator().manual_seed(0))
+        test = [test[index] for index in sorted(order[: options.measured].tolist())]
+    if not 0 < options.held_out < len(photographs):
+        raise ValueError(
+            f"--held_out must be above 0 and below the number of photographs to train on, {len(photographs)}, got "
+            f"{options.held_out}"
+        )
     held_out = photographs[:: max(1, len(photographs) // options.held_out)][: options.held_out]
     chosen = {id(photograph) for photograph in held_out}
     crops = Crops([p for p in photographs if id(p) not in chosen], options.crop, device)
@@ -308,16 +345,15 @@ def train(options: argparse.Namespace) -> None:
         "history": history,
     }
     saved = CtrlCscDenoiser.from_pretrained(folder).to(device).eval()
-    test = read_photographs(options.data, "test")[: options.measured]
     for level in TEST_LEVELS:
         for name, shifts in (("", False), (", all shifts", True)):
             if test and (device.type == "cuda" or not shifts):
                 found = measure(saved, test, level, shifts=shifts)
                 figures[f"PSNR at {level:.0f} of {len(test)}{name}"] = sum(found) / len(found)
                 print(f"{level:.0f}/255{name}: {sum(found) / len(found):.3f} dB", flush=True)
-                (folder / "denoiser.json").write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
+                (folder / FIGURES).write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
     figures["seconds"] = time.monotonic() - start
-    (folder / "denoiser.json").write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
+    (folder / FIGURES).write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -353,4 +389,9 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except KeyboardInterrupt:
+        sys.exit("Stopped")
+    except (OSError, ValueError) as error:
+        sys.exit(f"{type(error).__name__}: {error}")

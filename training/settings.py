@@ -12,7 +12,6 @@ from transformers import HfArgumentParser
 from ctrl_csc_hf import CtrlCscConfig
 from ctrl_csc_hf.closed_loop import STATISTICS, ClosedLoop, ClosedLoopObjective
 from ctrl_csc_hf.configuration_ctrl_csc import default_stages
-from ctrl_csc_hf.encoding import check_output
 from ctrl_csc_hf.presets import load_preset
 
 # A loss scaler would have to serve two players with one backward pass; bf16 needs none.
@@ -54,6 +53,10 @@ def hub_id(dataset_name: str | None) -> str | None:
 
 def check_output_dir(output_dir: str, data: str | None) -> None:
     """`ctrl_csc_hf.encoding.check_output`, by the name of the setting."""
+    if data is None or not Path(data).is_dir():
+        return
+    from ctrl_csc_hf.encoding import check_output  # needs datasets, which benchmarks/gpu.py does without
+
     try:
         check_output(output_dir, data)
     except ValueError as error:

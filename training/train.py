@@ -329,8 +329,13 @@ def check_config(config: CtrlCscConfig, expected: CtrlCscConfig, settings: Train
     """Refuses what the preset and the flags say of the model, where a checkpoint says something else.
 
     Raises:
-        ValueError: for a value that differs, and for images that are not RGB.
+        ValueError: for a value that differs, for images that are not RGB, and for a model that train.py does not train.
     """
+    if not isinstance(config, CtrlCscConfig):
+        raise ValueError(
+            f"pretrained_model_name_or_path must be a model of train.py, but {settings.pretrained_model_name_or_path} "
+            f"is a {config.model_type}"
+        )
     if config.num_channels != 3:
         raise ValueError(f"num_channels must be 3, as images are read as RGB, got {config.num_channels}")
     if settings.pretrained_model_name_or_path:  # of which no preset says anything

@@ -28,10 +28,13 @@ class CtrlCscDenoiserConfig(PreTrainedConfig):
     Args:
         num_channels: of the images.
         num_atoms: of each dictionary.
-        kernel_size: side of an atom in pixels, a multiple of `stride`.
-        stride: distance of neighbouring codes in pixels.
+        kernel_size: side of an atom in pixels, a multiple of `stride`, at most 8.
+        stride: distance of neighbouring codes in pixels: 1, 2 or 4.
         num_iterations: T, steps of the program.
         num_dictionaries: pairs of A and B. 1 for the same in all steps, T for a pair a step.
+
+    Raises:
+        ValueError: for numbers other than the above, and for the configuration of another model.
     """
 
     model_type = "ctrl_csc_denoiser"
@@ -42,6 +45,32 @@ class CtrlCscDenoiserConfig(PreTrainedConfig):
     stride: int = 2
     num_iterations: int = 18
     num_dictionaries: int = 18
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self._check()
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        # transformers would only warn, and make a new model.
+        model_type = config_dict.get("model_type")
+        _require(model_type in (None, cls.model_type), "model_type", model_type, f"{cls.model_type!r}")
+        loaded = super().from_dict(config_dict, **kwargs)
+        (loaded[0] if isinstance(loaded, tuple) else loaded)._check()  # with what was given to `from_pretrained`
+        return loaded
+
+    def _check(self) -> None:
+        for field in ("num_channels", "num_atoms", "num_iterations", "num_dictionaries"):
+            _require(getattr(self, field) >= 1, field, getattr(self, field), "a positive integer")
+        _require(self.stride in (1, 2, FRAME), "stride", self.stride, f"1, 2 or {FRAME}")
+        allowed = f"a positive multiple of stride={self.stride}, at most {2 * FRAME}"
+        fits = 1 <= self.kernel_size <= 2 * FRAME and self.kernel_size % self.stride == 0
+        _require(fits, "kernel_size", self.kernel_size, allowed)
+
+
+def _require(condition: bool, field: str, value: object, allowed: str) -> None:
+    if not condition:
+        raise ValueError(f"{field}={value!r} is not allowed: it must be {allowed}")
 
 
 class CtrlCscDenoiser(PreTrainedModel):
@@ -192,7 +221,7 @@ def _framed(image: Tensor, stride: int) -> Tensor:
     for dim in (2, 3):
         side = image.shape[dim]
         index = torch.arange(-FRAME, side + FRAME + -side % stride, device=image.device)
-        period = max(2 * (side - 1), 1)
+        period = torch.full((), max(2 * (side - 1), 1), device=image.device)  # no number, which ONNX wants fixed
         index = (index % period).minimum(-index % period)
         image = image.index_select(dim, index)
     return image

@@ -221,7 +221,7 @@ def encode_dataset(
 
 def draw_images(
     dataset: ImageDataset,
-    count: int,
+    count: int | None,
     *,
     image_column: str | None = None,
     label_column: str | None = "none",
@@ -233,7 +233,7 @@ def draw_images(
     Images that cannot be read are skipped with a warning.
 
     Args:
-        count: size of the sample; all images if there are fewer.
+        count: size of the sample; all images if there are fewer. None for all in their own order.
         image_column, label_column: see `find_columns`; by default there are no labels.
         seed: the same seed gives the same sample.
         read: of an undecoded image {"bytes", "path"}; by default it gives a PIL image.
@@ -247,7 +247,9 @@ def draw_images(
     dataset, image_column, label_column = undecoded(dataset, image_column, label_column)
     images: list[Any] = []
     labels: list[Any] = []
-    for image, row in _readable(draw_rows(dataset, count, seed), image_column, read or load_image):
+    in_order = ((str(key), row) for key, row in enumerate(dataset))
+    rows = in_order if count is None else draw_rows(dataset, count, seed)
+    for image, row in _readable(rows, image_column, read or load_image):
         images.append(image)
         labels.append(row[label_column] if label_column else None)
         if len(images) == count:
