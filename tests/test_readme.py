@@ -118,7 +118,7 @@ def test_training_and_evaluation_commands_run_on_local_copies(folder: Path, cifa
             "--max_train_steps=1",
             "--train_batch_size=64",
             "--num_validation_images=64",
-            "--energy_warmup_steps=0",
+            "--energy_warmup_steps=1",
             "--deconvolution_warmup_steps=1",
             "--use_ema=false",
         ],
