@@ -226,7 +226,7 @@ def test_a_resumed_run_applies_and_records_the_settings_that_were_changed(train:
         """Largest change of each half's parameters in two resumed steps, and of their average."""
         folder = train("--max_train_steps", "2", output="/".join(changed) or "same")
         before = load_file(folder / "checkpoint-2" / "model.safetensors")
-        (folder / "README.md").write_text("The card of the model after two steps", encoding="utf-8")
+        (folder / "README.md").write_text("---\ntags:\n- ctrl-csc\n---\nThe card after two steps", encoding="utf-8")
         train("--max_train_steps", "4", "--resume_from_checkpoint", "latest", *changed, output=str(folder))
         assert not (folder / "README.md").exists()
         after, averaged = (load_file(path / "model.safetensors") for path in (folder / "checkpoint-4", folder))
