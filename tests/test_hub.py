@@ -552,7 +552,7 @@ def test_the_snippets_that_the_hub_shows_run_without_the_package_and_the_pipelin
     folder = export(model, tmp_path / "repository")
     card = ModelCard.load(folder / "README.md").data
     # With another library, or its tag, the Hub shows other snippets; custom_code follows from auto_map.
-    assert card.library_name == "transformers" and "diffusers" not in card.tags
+    assert card.get("library_name") == "transformers" and "diffusers" not in card.tags
     assert "auto_map" in json.loads((folder / "config.json").read_text(encoding="utf-8"))
     picture = CtrlCscImageProcessor(image_size=8).postprocess(torch.rand(1, 3, 8, 8) * 2 - 1)[0]
     picture.save(tmp_path / "image.png")
