@@ -91,7 +91,9 @@ def stages_alone(model: CtrlCscModel, noisy: Tensor, sparsities: Sequence[float]
         sizes.append(signal.shape[-2:])
         signal = norm(stage.solve(signal, sparsity=sparsity, num_iterations=DENOISING_ITERATIONS), False)
     for stage, norm, size in reversed(list(zip(encoder.stages, encoder.norms, sizes, strict=False))):
-        signal = stage.synthesize(torch.relu(norm.inverse(signal)), size)
+        scale = (norm.running_var + norm.eps).sqrt() / norm.weight
+        carried = (signal - norm.bias[:, None, None]) * scale[:, None, None] + norm.running_mean[:, None, None]
+        signal = stage.synthesize(torch.relu(carried), size)
     return signal
 
 

@@ -74,7 +74,7 @@ def recompute_statistics(model: CtrlCscModel, images: Tensor, batch_size: int) -
 
     Each process does it by itself, with the same images.
     """
-    was_training, sum_over_processes = model.training, model.encoder.sum_over_processes
+    was_training, sum_over_processes = model.training, model.encoder.norms[0].sum_over_processes
     model.share_statistics(None)
     model.train()
     norms = [module for module in model.modules() if isinstance(module, BatchNorm)]
@@ -82,11 +82,9 @@ def recompute_statistics(model: CtrlCscModel, images: Tensor, batch_size: int) -
     for index, batch in enumerate(images.split(batch_size)):
         for norm in norms:
             norm.momentum = 1 / (index + 1)  # a plain mean over batches; the first one replaces what was there
-        model.encoder.latent_norm_momentum = 1 / (index + 1)
         model(batch.to(model.device))
     for norm, momentum in zip(norms, momenta, strict=True):
         norm.momentum = momentum
-    model.encoder.latent_norm_momentum = type(model.encoder).latent_norm_momentum
     model.train(was_training)
     model.share_statistics(sum_over_processes)
 

@@ -123,8 +123,6 @@ def invert_encoder(model: CtrlCscModel, images: Tensor) -> None:
     encoder, decoder = model.encoder, model.decoder
     for own, theirs in zip((*decoder.stages, decoder.last_stage), (*encoder.stages, encoder.last_stage), strict=True):
         own.dictionary.copy_(theirs.dictionary)
-    if model.config.decoder_normalization == "inverse":
-        return
     *sizes, _ = model.config.signal_sizes
     encoded = model.encode(images, output_codes=True, update_statistics=False)
     signal = decoder.last_stage.synthesize(encoded.latents[:, :, None, None], (sizes[-1], sizes[-1]))

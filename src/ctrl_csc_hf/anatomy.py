@@ -56,7 +56,7 @@ def atoms_in_pixels(half: CtrlCscEncoder | CtrlCscDecoder, stage: int) -> Tensor
         end = min(end, sizes[lower - 1])
     pictures = []
     for chosen in _batches(atoms):
-        signal = half.latent_norm.new_zeros(len(chosen), atoms, sizes[stage], sizes[stage])
+        signal = half.last_stage.dictionary.new_zeros(len(chosen), atoms, sizes[stage], sizes[stage])
         signal[torch.arange(len(chosen)), chosen, middle, middle] = 1
         for lower in range(stage, 0, -1):
             dictionary = _dictionary(half, lower)
@@ -264,16 +264,12 @@ def _decode(
     """
     if decoder.training:
         raise ValueError("decoder must be in evaluation mode, got one in training: call its eval()")
-    inverse = decoder.config.decoder_normalization == "inverse"
-    if inverse and stage == num_stages(decoder):
-        codes = codes * decoder.latent_norm
     low = None
     for lower in range(stage - 1, 0, -1):
         side, norm = decoder.config.signal_sizes[lower], decoder.norms[lower - 1]
         signal = _dictionary(decoder, lower + 1).synthesize(codes, (side, side))
-        deviation = (norm.running_var + norm.eps).sqrt()
-        scale = deviation / norm.weight if inverse else norm.weight / deviation
-        shift = norm.running_mean - norm.bias * scale if inverse else norm.bias - norm.running_mean * scale
+        scale = norm.weight / (norm.running_var + norm.eps).sqrt()
+        shift = norm.bias - norm.running_mean * scale
         carried = signal * scale[:, None, None] + biases * shift[:, None, None]
         atoms = _dictionary(decoder, lower).code_channels
         codes = activate(carried[:, :atoms], lower)

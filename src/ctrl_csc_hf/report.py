@@ -224,7 +224,6 @@ def html_report(model: CtrlCscModel, name: str, chapters: dict[str, list[Picture
             )
         ),
         "Dictionaries": f"both halves {SHARING[config.share_dictionaries]}",
-        "Decoder's norms": "inverse of the encoder's" if config.decoder_normalization == "inverse" else "its own",
         "Parameters": f"{model.num_parameters():,}",
     }
     rows = "".join(f"<tr><td>{key}</td><td>{escape(value)}</td></tr>\n" for key, value in facts.items())

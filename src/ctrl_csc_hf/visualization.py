@@ -76,7 +76,6 @@ def architecture_figure(config: CtrlCscConfig) -> Image.Image:
     picture = Image.new("RGB", (column * (last + 1) + square + 60, 2 * row + 60), "white")
     draw, font = ImageDraw.Draw(picture), ImageFont.load_default(14)
     sharing = SHARING[config.share_dictionaries]
-    norm = "norm" if config.decoder_normalization == "batch_norm" else "inverse norm"
 
     def write(x: float, y: float, text: str, color: str = "black", anchor: str = "ma") -> None:
         draw.multiline_text((x, y), text, fill=color, font=font, anchor=anchor, align="center", spacing=3)
@@ -97,7 +96,7 @@ def architecture_figure(config: CtrlCscConfig) -> Image.Image:
                 draw.line((left, middle, right, middle), fill=color, width=2)
                 draw.polygon([(tip, middle), (tip + tail, middle - 5), (tip + tail, middle + 5)], fill=color)
                 forward = [*(["norm"] if index else []), "A*, |z| = 1" if index == last else "sparse coding"]
-                backward = ["A", *(["tanh"] if index == 0 else [norm, "relu"])]
+                backward = ["A", *(["tanh"] if index == 0 else ["norm", "relu"])]
                 write((left + right) / 2, middle - 6, "\n".join(forward if encodes else backward), color, "md")
                 kernel, stride = config.kernel_sizes[index], config.strides[index]
                 write((left + right) / 2, middle + 8, f"{kernel}x{kernel}, /{stride}")
