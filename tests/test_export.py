@@ -19,16 +19,16 @@ BATCHES = (1, 2, 7)
 SIZE = 12
 
 
-@pytest.fixture(scope="module", params=["batch_norm", "inverse", "one_channel"])
+@pytest.fixture(scope="module", params=["three_channels", "one_channel"])
 def model(request) -> CtrlCscModel:
     torch.manual_seed(0)
-    options = {"one_channel": {"ridge": 1.0, "num_channels": 1}}
+    options = {"ridge": 1.0, "num_channels": 1} if request.param == "one_channel" else {}
     config = CtrlCscConfig(
         image_size=SIZE,
         latent_dim=6,
         stage_channels=[5, 8],
         num_iterations=3,
-        **options.get(request.param, {"decoder_normalization": request.param}),
+        **options,
     )
     return CtrlCscModel(config).eval()
 

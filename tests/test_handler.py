@@ -81,7 +81,7 @@ class Endpoint:
 @pytest.fixture(scope="module")
 def endpoint(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Endpoint]:
     """A server process with an exported folder, without this package."""
-    model = trained_model(True, "batch_norm")
+    model = trained_model(True)
     folder = export(model, tmp_path_factory.mktemp("endpoint"))
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))

@@ -119,11 +119,9 @@ def open_all_doors(
     assert found["handler"] == [image.tobytes() for image in processor.postprocess(expected.reconstruction)]
 
 
-@pytest.mark.parametrize(("shared", "normalization"), [(False, "batch_norm"), (True, "inverse")])
-def test_every_door_opens_without_the_package_and_shows_the_same(
-    shared: bool, normalization: str, tmp_path: Path
-) -> None:
-    model = trained_model(shared, normalization)
+@pytest.mark.parametrize("shared", [False, True])
+def test_every_door_opens_without_the_package_and_shows_the_same(shared: bool, tmp_path: Path) -> None:
+    model = trained_model(shared)
     folder = export(model, tmp_path / "repository")
     open_all_doors(str(folder), tmp_path, model, {"HF_HUB_OFFLINE": "1"})
     assert len(list(folder.rglob("*.safetensors"))) == 1 and not list(folder.rglob("*.bin"))
@@ -150,7 +148,7 @@ def a_checkpoint(folder: Path, model: CtrlCscModel, examples: int = 2) -> Path:
 
 
 def test_the_same_checkpoint_gives_the_same_bytes_in_every_process(tmp_path: Path) -> None:
-    checkpoint = a_checkpoint(tmp_path / "checkpoint", trained_model(True, "batch_norm"))
+    checkpoint = a_checkpoint(tmp_path / "checkpoint", trained_model(True))
     code = (
         "import sys; from ctrl_csc_hf import CtrlCscModel; from ctrl_csc_hf.hub import export; "
         "export(CtrlCscModel.from_pretrained(sys.argv[1]), sys.argv[2], checkpoint=sys.argv[1])"
@@ -166,7 +164,7 @@ def test_the_same_checkpoint_gives_the_same_bytes_in_every_process(tmp_path: Pat
 
 
 def test_an_export_replaces_that_of_another_model_in_its_folder(tmp_path: Path) -> None:
-    checkpoint = a_checkpoint(tmp_path / "checkpoint", trained_model(True, "batch_norm"))
+    checkpoint = a_checkpoint(tmp_path / "checkpoint", trained_model(True))
     LatentSampler(torch.ones(1), torch.zeros(1, 6), [torch.eye(6)]).save_pretrained(checkpoint / "sampler")
     model = CtrlCscModel.from_pretrained(checkpoint)
     first = files(export(model, tmp_path / "out", checkpoint=checkpoint))
@@ -179,7 +177,7 @@ def test_an_export_replaces_that_of_another_model_in_its_folder(tmp_path: Path) 
 
 
 def test_a_model_saved_anew_into_an_export_takes_no_card_figures_or_sampler_of_the_old_one(tmp_path: Path) -> None:
-    checkpoint = a_checkpoint(tmp_path / "checkpoint", trained_model(True, "batch_norm"))
+    checkpoint = a_checkpoint(tmp_path / "checkpoint", trained_model(True))
     LatentSampler(torch.ones(1), torch.zeros(1, 6), [torch.eye(6)]).save_pretrained(checkpoint / "sampler")
     model = CtrlCscModel.from_pretrained(checkpoint)
     out = export(model, tmp_path / "out", checkpoint=checkpoint)
@@ -202,7 +200,7 @@ def test_a_model_saved_anew_into_an_export_takes_no_card_figures_or_sampler_of_t
 
 @pytest.mark.parametrize("shared", [False, True])
 def test_half_the_bytes_give_nearly_the_same_model_in_its_own_precision(shared: bool, tmp_path: Path) -> None:
-    model = trained_model(shared, "inverse" if shared else "batch_norm")
+    model = trained_model(shared)
     whole = export(model, tmp_path / "whole")
     half = export(model, tmp_path / "half", half=True)
     sizes = [
@@ -219,7 +217,7 @@ def test_half_the_bytes_give_nearly_the_same_model_in_its_own_precision(shared: 
 
 
 def test_the_checkpoints_own_image_processor_is_published(tmp_path: Path) -> None:
-    checkpoint = a_checkpoint(tmp_path / "checkpoint", trained_model(False, "batch_norm"))
+    checkpoint = a_checkpoint(tmp_path / "checkpoint", trained_model(False))
     CtrlCscImageProcessor(image_size=8, resample=0, do_center_crop=False).save_pretrained(checkpoint)
     folder = export(CtrlCscModel.from_pretrained(checkpoint), tmp_path / "repository", checkpoint=checkpoint)
     published = CtrlCscImageProcessor.from_pretrained(folder)
@@ -239,7 +237,7 @@ def test_the_checkpoints_own_image_processor_is_published(tmp_path: Path) -> Non
 def test_what_cannot_be_written_is_said_before_anything_is(
     keywords: dict[str, str], folder: str, message: str, tmp_path: Path
 ) -> None:
-    model = trained_model(False, "batch_norm")
+    model = trained_model(False)
     checkpoint = a_checkpoint(tmp_path / "checkpoint", model)
     (tmp_path / "file").touch()
     before = files(tmp_path)
@@ -274,7 +272,7 @@ def test_what_cannot_be_written_is_said_before_anything_is(
     ids=["missing", "no safetensors", "cut off", "other model", "pickled only"],
 )
 def test_a_damaged_repository_is_a_clear_error_at_every_door(harm, message: str, tmp_path: Path) -> None:
-    folder = export(trained_model(False, "batch_norm"), tmp_path)
+    folder = export(trained_model(False), tmp_path)
     harm(folder)
     for door in (CtrlCscModel, CtrlCscEncoder, CtrlCscDecoder, DiffusionPipeline):
         flag = {"trust_remote_code": True} if door is DiffusionPipeline else {}
@@ -283,7 +281,7 @@ def test_a_damaged_repository_is_a_clear_error_at_every_door(harm, message: str,
 
 
 def test_a_missing_tensor_is_reported(tmp_path: Path) -> None:
-    folder = export(trained_model(False, "batch_norm"), tmp_path)
+    folder = export(trained_model(False), tmp_path)
     tensors = load_file(folder / "model.safetensors")
     del tensors["encoder.last_stage.dictionary"]
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
@@ -322,7 +320,7 @@ def publish(
 
 @needs_downloaded_code
 def test_what_is_published_opens_by_every_door_elsewhere_and_was_stored_and_fetched_once(tmp_path: Path) -> None:
-    model = trained_model(True, "batch_norm")
+    model = trained_model(True)
     model.save_pretrained(tmp_path / "checkpoint")
     with HubServer() as server:
         assert publish(server, tmp_path / "checkpoint") == f"Published: {server.url}/org/name"
@@ -342,7 +340,7 @@ def test_what_is_published_opens_by_every_door_elsewhere_and_was_stored_and_fetc
 
 @needs_downloaded_code
 def test_with_the_package_no_remote_code_and_no_flag_is_needed_but_for_the_pipeline(tmp_path: Path) -> None:
-    trained_model(True, "inverse").save_pretrained(tmp_path / "checkpoint")
+    trained_model(True).save_pretrained(tmp_path / "checkpoint")
     code = (
         "import ctrl_csc_hf; from transformers import AutoConfig, AutoModel; from diffusers import DiffusionPipeline;"
         "from transformers.models.auto.image_processing_auto import AutoImageProcessor;"
@@ -363,7 +361,7 @@ def test_with_the_package_no_remote_code_and_no_flag_is_needed_but_for_the_pipel
 
 
 def test_publishing_again_uploads_nothing_and_a_change_keeps_the_old_revision(tmp_path: Path) -> None:
-    model = trained_model(False, "batch_norm")
+    model = trained_model(False)
     model.save_pretrained(tmp_path / "checkpoint")
     with HubServer() as server:
         publish(server, tmp_path / "checkpoint")
@@ -381,7 +379,7 @@ def test_publishing_again_uploads_nothing_and_a_change_keeps_the_old_revision(tm
 
 
 def test_a_publication_replaces_what_the_one_before_had_and_leaves_what_others_added(tmp_path: Path) -> None:
-    model = trained_model(False, "batch_norm")
+    model = trained_model(False)
     with HubServer() as server:
         first = a_checkpoint(tmp_path / "first", model, examples=4)
         LatentSampler(torch.ones(1), torch.zeros(1, 6), [torch.eye(6)]).save_pretrained(first / "sampler")
@@ -398,7 +396,7 @@ def test_a_publication_replaces_what_the_one_before_had_and_leaves_what_others_a
 
 
 def test_a_name_alone_is_the_accounts_and_the_card_tells_it_whole(tmp_path: Path) -> None:
-    trained_model(False, "batch_norm").save_pretrained(tmp_path / "checkpoint")
+    trained_model(False).save_pretrained(tmp_path / "checkpoint")
     with HubServer() as server:
         for _ in range(2):  # created, and found
             assert publish(server, tmp_path / "checkpoint", "name", terms=("--license=mit", "--private")).endswith(
@@ -459,7 +457,7 @@ def data_sets():
 
 
 def test_a_model_of_local_data_is_published_by_explicit_terms_alone(tmp_path: Path) -> None:
-    trained_model(False, "batch_norm").save_pretrained(tmp_path / "checkpoint")
+    trained_model(False).save_pretrained(tmp_path / "checkpoint")
     with HubServer() as server:
         process = publisher(server, tmp_path / "checkpoint", terms=())
         _, errors = process.communicate()
@@ -468,7 +466,7 @@ def test_a_model_of_local_data_is_published_by_explicit_terms_alone(tmp_path: Pa
 
 
 def test_a_model_follows_its_data_set_into_privacy_but_into_no_public_repository(tmp_path: Path) -> None:
-    checkpoint = a_checkpoint(tmp_path / "checkpoint", trained_model(False, "batch_norm"))
+    checkpoint = a_checkpoint(tmp_path / "checkpoint", trained_model(False))
     with HubServer() as server:
         server.datasets["uoft-cs/cifar10"] = {"cardData": {"license": "cc-by-nc-4.0"}, "gated": "auto"}
         publish(server, checkpoint, terms=())
@@ -500,7 +498,7 @@ assert "ctrl_csc_hf" not in sys.modules
 def test_a_pipeline_from_the_hub_is_pushed_without_the_package_with_its_card_while_the_weights_are_its(
     tmp_path: Path,
 ) -> None:
-    checkpoint = a_checkpoint(tmp_path / "checkpoint", trained_model(True, "batch_norm"))
+    checkpoint = a_checkpoint(tmp_path / "checkpoint", trained_model(True))
     LatentSampler(torch.ones(1), torch.zeros(1, 6), [torch.eye(6)]).save_pretrained(checkpoint / "sampler")
     with HubServer() as server:
         publish(server, checkpoint)
@@ -548,7 +546,7 @@ model = AutoModel.from_pretrained("{id}", trust_remote_code=True, device_map="au
 def test_the_snippets_that_the_hub_shows_run_without_the_package_and_the_pipeline_gives_latents(
     tmp_path: Path,
 ) -> None:
-    model = trained_model(False, "batch_norm")
+    model = trained_model(False)
     folder = export(model, tmp_path / "repository")
     card = ModelCard.load(folder / "README.md").data
     # With another library, or its tag, the Hub shows other snippets; custom_code follows from auto_map.
@@ -607,7 +605,7 @@ def test_train_publishes_what_it_trained(tiny_preset: Path, image_folder: Path, 
 def test_an_upload_that_breaks_off_leaves_what_was_there_and_the_next_one_finishes_it(
     moment: str, tmp_path: Path
 ) -> None:
-    model = trained_model(False, "batch_norm")
+    model = trained_model(False)
     model.save_pretrained(tmp_path / "checkpoint")
     with HubServer() as server:
         publish(server, tmp_path / "checkpoint")

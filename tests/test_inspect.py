@@ -37,7 +37,6 @@ def lived_in(**fields) -> CtrlCscModel:
     model = CtrlCscModel(CtrlCscConfig(**CONFIG, **fields)).eval()
     with torch.no_grad():
         for half in (model.encoder, model.decoder):
-            half.latent_norm.fill_(1.7)
             for norm in half.norms:
                 norm.running_mean.normal_(std=0.2)
                 norm.running_var.uniform_(0.5, 2)
@@ -48,9 +47,9 @@ def lived_in(**fields) -> CtrlCscModel:
     return model
 
 
-@pytest.fixture(scope="module", params=["batch_norm", "inverse"])
-def model(request: pytest.FixtureRequest) -> CtrlCscModel:
-    return lived_in(decoder_normalization=request.param)
+@pytest.fixture(scope="module")
+def model() -> CtrlCscModel:
+    return lived_in()
 
 
 def images(count: int) -> torch.Tensor:
@@ -65,13 +64,10 @@ def before_tanh(model: CtrlCscModel, latents: torch.Tensor) -> torch.Tensor:
         return torch.atanh(exact.decode(latents.double()).reconstruction)
 
 
-@pytest.mark.parametrize("normalization", ["batch_norm", "inverse"])
 @pytest.mark.parametrize("shared", [False, True])
 @pytest.mark.parametrize("stage", [1, 2, LAST])
-def test_a_stages_contributions_and_the_bias_add_up_to_the_reconstruction_before_tanh(
-    normalization: str, shared: bool, stage: int
-) -> None:
-    model = lived_in(decoder_normalization=normalization, share_dictionaries=shared)
+def test_a_stages_contributions_and_the_bias_add_up_to_the_reconstruction_before_tanh(shared: bool, stage: int) -> None:
+    model = lived_in(share_dictionaries=shared)
     latents = model.encode(images(3)).latents[1:2].detach()
     parts, bias = anatomy.contributions(model.decoder, latents, stage)
     assert len(parts) == [6, 7, 8][stage - 1] and parts.std() > 1e-3
@@ -108,16 +104,14 @@ def test_decoding_the_decoders_own_codes_from_any_stage_on_gives_the_reconstruct
     torch.testing.assert_close(rebuilt, reconstruction, atol=1e-5, rtol=0)
 
 
-def test_decoding_the_encoders_codes_inverts_the_stages_below_them() -> None:
-    """Of dictionaries that are shared and norms that are inverted: A_1 of relu of the norm's inverse of A_2 z_2."""
-    model = lived_in(decoder_normalization="inverse", share_dictionaries=True)
-    codes = model.encode(images(2), output_codes=True).codes
-    scale = (model.encoder.norms[0].running_var + 1e-5).sqrt() / model.encoder.norms[0].weight
-    shift = model.encoder.norms[0].running_mean - model.encoder.norms[0].bias * scale
+def test_codes_of_the_encoder_go_through_the_decoders_stages_below_them() -> None:
+    """Of dictionaries that are shared: A_1 of relu of the decoder's norm of A_2 z_2."""
+    model = lived_in(share_dictionaries=True)
+    codes, decoder = model.encode(images(2), output_codes=True).codes, model.decoder
     signal = F.conv_transpose2d(codes[1], model.encoder.stages[1].dictionary, stride=2, padding=1)
-    signal = F.relu(signal * scale[:, None, None] + shift[:, None, None])
+    norm = decoder.norms[0]
+    signal = F.relu(F.batch_norm(signal, norm.running_mean, norm.running_var, norm.weight, norm.bias))
     signal = F.conv_transpose2d(signal, model.encoder.stages[0].dictionary, stride=2, padding=1)
-    decoder = model.decoder
     expected = torch.tanh(signal * decoder.output_scale[:, None, None] + decoder.output_bias[:, None, None])
     torch.testing.assert_close(anatomy.decode_from(decoder, codes[1], 2), expected.detach(), atol=1e-5, rtol=0)
 
@@ -300,7 +294,7 @@ def test_without_images_the_checkpoints_examples_serve_and_without_these_atoms_a
     assert written(tmp_path / "a") == ATOMS | {f"0_{what}" for what in OF_AN_IMAGE}
     assert "on 2 images" in (tmp_path / "a.html").read_text(encoding="utf-8")
 
-    bare = save(tmp_path / "bare", lived_in(decoder_normalization="inverse", share_dictionaries=True), examples=0)
+    bare = save(tmp_path / "bare", lived_in(share_dictionaries=True), examples=0)
     result = inspect("--model", bare, "--output", tmp_path / "b", "--report", tmp_path / "b.html")
     assert result.exit_code == 0, result.output
     assert written(tmp_path / "b") == ATOMS

@@ -14,7 +14,7 @@ from ctrl_csc_hf.retrieval import ImageIndex, index_images, retrieve
 
 @pytest.fixture(scope="module")
 def pipe() -> CtrlCscPipeline:
-    return CtrlCscPipeline(trained_model(False, "batch_norm"), CtrlCscImageProcessor(image_size=8))
+    return CtrlCscPipeline(trained_model(False), CtrlCscImageProcessor(image_size=8))
 
 
 @pytest.fixture(scope="module")

@@ -205,7 +205,7 @@ def test_a_missing_or_damaged_file_is_named(labelled: LatentSampler, tmp_path: P
 
 @pytest.fixture(scope="module")
 def pipe() -> CtrlCscPipeline:
-    model = trained_model(False, "batch_norm")
+    model = trained_model(False)
     return CtrlCscPipeline(model, CtrlCscImageProcessor(image_size=8), random_sampler(6, torch.tensor([0, 1, 1])))
 
 

@@ -160,7 +160,7 @@ def small(picture: Image.Image, height: int) -> Image.Image:
 def test_an_uploaded_picture_is_reconstructed_looked_into_and_interpolated(
     tmp_path: Path, browser_page: Page, photos: list[Path]
 ) -> None:
-    model = trained_model(False, "batch_norm")
+    model = trained_model(False)
     model.save_pretrained(tmp_path / "checkpoint")
     pipe, images = a_pipeline(model), [Image.open(photo) for photo in photos]
     page, port = browser_page, free_port()
@@ -211,7 +211,7 @@ def test_an_uploaded_picture_is_reconstructed_looked_into_and_interpolated(
 def test_readmes_demo_command_serves_a_local_folder_with_its_examples(
     tmp_path: Path, browser_page: Page, photos: list[Path]
 ) -> None:
-    model = trained_model(True, "inverse")
+    model = trained_model(True)
     folder = tmp_path / "model"
     model.save_pretrained(folder)
     CtrlCscImageProcessor(image_size=model.config.image_size).save_pretrained(folder)
@@ -243,9 +243,8 @@ def test_readmes_demo_command_serves_a_local_folder_with_its_examples(
         assert same(browser_page, "samples", small(APP["sample"](pipe, "any", 0), 35))
 
 
-@pytest.mark.parametrize("normalization", ["batch_norm", "inverse"])
-def test_what_atoms_add_is_what_anatomy_finds_and_adds_up(normalization: str) -> None:
-    decoder = trained_model(False, normalization).decoder
+def test_what_atoms_add_is_what_anatomy_finds_and_adds_up() -> None:
+    decoder = trained_model(False).decoder
     latents = torch.nn.functional.normalize(torch.randn(1, 6), dim=1)
     parts, before_tanh = APP["contributions"](decoder, latents, 1)
     expected, bias = anatomy.contributions(decoder, latents, 1)
@@ -276,7 +275,7 @@ def test_of_a_low_pass_apart_every_stage_is_looked_into_as_anatomy_does(photos: 
 
 
 def test_atoms_in_pixels_are_those_of_anatomy_in_the_middle_of_the_image() -> None:
-    decoder = trained_model(False, "batch_norm").decoder
+    decoder = trained_model(False).decoder
     chosen = torch.tensor([2, 0])
     pictures, expected = APP["atoms_in_pixels"](decoder, 1, chosen), anatomy.atoms_in_pixels(decoder, 1)[chosen]
     top = 2 * 2 - 1  # the middle of 4 places, at stride 2 and padding 1
@@ -286,7 +285,7 @@ def test_atoms_in_pixels_are_those_of_anatomy_in_the_middle_of_the_image() -> No
 
 
 def test_noise_is_removed_as_the_pipeline_does_and_the_figures_are_of_the_pictures(photos: list[Path]) -> None:
-    pipe, photo = a_pipeline(trained_model(False, "batch_norm")), Image.open(photos[0])
+    pipe, photo = a_pipeline(trained_model(False)), Image.open(photos[0])
     *pictures, figures = APP["denoise"](pipe, photo, 0.3)
     noisy, reconstruction, denoised = (small(picture, 8) for picture in pictures)
     for got, expected in ((reconstruction, pipe(noisy).images[0]), (denoised, pipe.denoise(noisy, 0.3)[0])):
@@ -317,7 +316,7 @@ def files(folder: Path) -> dict[str, Path]:
 
 
 def test_an_upload_reaches_the_image_processor_as_its_file_is(tmp_path: Path) -> None:
-    pipe, box = a_pipeline(trained_model(False, "batch_norm")), APP["_given"]("Your image", "image")
+    pipe, box = a_pipeline(trained_model(False)), APP["_given"]("Your image", "image")
     for name, path in files(tmp_path).items():
         given = box.preprocess(ImageData(path=str(path), orig_name=name))
         seen = small(APP["reconstruct"](pipe, given, 1)[0], 8)
@@ -328,7 +327,7 @@ def test_an_upload_reaches_the_image_processor_as_its_file_is(tmp_path: Path) ->
 
 
 def test_the_psnr_is_that_of_the_pictures_shown(tmp_path: Path) -> None:
-    pipe = a_pipeline(trained_model(False, "batch_norm"))
+    pipe = a_pipeline(trained_model(False))
     for name, path in files(tmp_path).items():
         original, reconstruction, *_, figures = APP["reconstruct"](pipe, Image.open(path), 1)
         error = np.square(np.asarray(original, np.float64) - np.asarray(reconstruction)).mean() / 255**2
@@ -336,7 +335,7 @@ def test_the_psnr_is_that_of_the_pictures_shown(tmp_path: Path) -> None:
 
 
 def test_the_api_has_an_endpoint_for_each_tab_and_no_other(tmp_path: Path, photos: list[Path]) -> None:
-    pipe = a_pipeline(trained_model(False, "batch_norm"), a_sampler(labels=torch.tensor([3, 7])))
+    pipe = a_pipeline(trained_model(False), a_sampler(labels=torch.tensor([3, 7])))
     page = APP["build"](pipe, [str(photo) for photo in photos])
     first, second = map(handle_file, photos)
     calls = {
@@ -370,14 +369,14 @@ def test_the_api_has_an_endpoint_for_each_tab_and_no_other(tmp_path: Path, photo
 
 
 def test_what_is_shown_is_of_the_last_input_also_if_it_changed_while_the_page_worked() -> None:
-    page = APP["build"](a_pipeline(trained_model(False, "batch_norm"), a_sampler(labels=None)), [])
+    page = APP["build"](a_pipeline(trained_model(False), a_sampler(labels=None)), [])
     assert {event["trigger_mode"] for event in page.config["dependencies"]} == {"always_last"}
     shown = [output for event in page.config["dependencies"] for output in event["outputs"]]
     assert len(shown) == len(set(shown)), "two events write into one picture"
 
 
 def test_missing_pixels_are_white_as_many_as_asked_for_and_the_others_kept(photos: list[Path]) -> None:
-    pipe, photo = a_pipeline(trained_model(False, "batch_norm")), Image.open(photos[0])
+    pipe, photo = a_pipeline(trained_model(False)), Image.open(photos[0])
     damaged, completed, kept = (np.asarray(small(image, 8)) for image in APP["complete"](pipe, photo, 0.5, 3))
     missing = (damaged == 255).all(axis=2)
     assert 0.25 < missing.mean() < 0.75
@@ -388,7 +387,7 @@ def test_missing_pixels_are_white_as_many_as_asked_for_and_the_others_kept(photo
 
 @pytest.mark.parametrize(("names", "name"), [(None, "7"), ({3: "cat", 7: "horse", 8: "ship"}, "horse")])
 def test_samples_are_the_pipelines_of_this_class_and_seed(names: dict[int, str] | None, name: str) -> None:
-    model = trained_model(False, "batch_norm")
+    model = trained_model(False)
     if names:
         model.config.id2label = names
     pipe = a_pipeline(model, a_sampler(labels=torch.tensor([3, 7])))
@@ -412,7 +411,7 @@ def test_samples_are_the_pipelines_of_this_class_and_seed(names: dict[int, str] 
     ],
 )
 def test_wrong_input_is_said_in_words(function: str, arguments: tuple, message: str, photos: list[Path]) -> None:
-    pipe = a_pipeline(trained_model(False, "batch_norm"))
+    pipe = a_pipeline(trained_model(False))
     with pytest.raises(gr.Error, match=message):
         APP["_say_errors"](APP[function])(pipe, Image.open(photos[0]), *arguments)
 
@@ -424,11 +423,11 @@ def test_an_upload_that_the_image_processor_refuses_is_said_in_words(harm: str, 
     if harm == "cut":
         path.write_bytes(path.read_bytes()[:700])
     with pytest.raises(gr.Error, match=message):
-        APP["_say_errors"](APP["reconstruct"])(a_pipeline(trained_model(False, "batch_norm")), Image.open(path), 1)
+        APP["_say_errors"](APP["reconstruct"])(a_pipeline(trained_model(False)), Image.open(path), 1)
 
 
 def test_without_an_image_every_tab_is_empty(photos: list[Path]) -> None:
-    pipe = a_pipeline(trained_model(False, "batch_norm"))
+    pipe = a_pipeline(trained_model(False))
     for function, arguments in (
         ("reconstruct", (1,)),
         ("look_inside", (1,)),
@@ -441,7 +440,7 @@ def test_without_an_image_every_tab_is_empty(photos: list[Path]) -> None:
 
 def test_only_a_repository_with_a_sampler_has_the_tab_that_draws() -> None:
     for sampler in (None, a_sampler(labels=None)):
-        page = APP["build"](a_pipeline(trained_model(False, "batch_norm"), sampler), [])
+        page = APP["build"](a_pipeline(trained_model(False), sampler), [])
         tabs = [part["props"]["label"] for part in page.config["components"] if part["type"] == "tabitem"]
         assert tabs[:5] == ["Reconstruct", "Look inside", "Remove noise", "Fill in", "Interpolate"]
         assert tabs[5:] == ([] if sampler is None else ["Draw new images"])

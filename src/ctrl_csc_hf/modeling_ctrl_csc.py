@@ -173,8 +173,6 @@ class CtrlCscPreTrainedModel(PreTrainedModel):
         elif isinstance(module, CtrlCscDecoder):
             nn.init.ones_(module.output_scale)
             nn.init.zeros_(module.output_bias)
-        elif isinstance(module, CtrlCscEncoder):
-            module.reset_norms()
         else:
             super()._init_weights(module)
 
@@ -269,19 +267,19 @@ class CtrlCscEncoder(CtrlCscPreTrainedModel):
         self.last_stage = ConvolutionalDictionary(*config.stage_shapes[-1])
         self.post_init()
 
-    @torch.no_grad()
-    def reset_norms(self) -> None:
-        """Gain of the low pass, and running variances of a new model: those of codes of white noise, so that no stage
-        falls silent in evaluation.
+    def _init_weights(self, module: nn.Module) -> None:
+        """Also gives the batch norms the gain of the low pass and the running variances of codes of white noise, so that
+        no stage falls silent in evaluation.
 
         A FISTA step from zero is about 1 / |A|^2 A*(x), and atoms are unit: codes have a deviation of about
         1 / |A|^2. With a running variance of 1 each stage's signal would be that much smaller than the last, and soon
         below lambda.
         """
+        super()._init_weights(module)
         for stage, norm in zip(self.stages, self.norms, strict=True):
-            if isinstance(stage, ConvolutionalSparseCoding) and not _is_loaded(norm.running_var):
+            if norm is module and isinstance(stage, ConvolutionalSparseCoding) and not _is_loaded(norm.running_var):
                 norm.running_var[: stage.code_channels] = stage.operator_norm**-4
-        if not _is_loaded(self.norms[0].weight):
+        if module is self.norms[0] and not _is_loaded(self.norms[0].weight):
             self.norms[0].weight[self.config.stage_channels[0] :] = LOW_PASS_GAIN
 
     @can_return_tuple
