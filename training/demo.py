@@ -1,6 +1,6 @@
 """`make demo`: trains on scikit-learn's handwritten digits for minutes, then reconstructs digits it has not seen.
 
-The digits become a local data set in Parquet, and train.py does the rest with the preset configs/demo.yaml.
+The digits become a local data set in Parquet, and train.py does the rest with the preset demo.yaml beside this file.
 `python training/demo.py --folder DEMO` writes into another folder; all other flags go to train.py.
 """
 
@@ -31,6 +31,7 @@ from ctrl_csc_hf.visualization import reconstruction_grid
 
 TRAINING_DIGITS = 1500  # of the 1,797, drawn at random; the others are held out
 SHOWN = 40  # of those
+PRESET = Path(__file__).with_name("demo.yaml")
 CHECKPOINT = Path(__file__).parents[1] / "checkpoints" / "ctrl-csc-cifar10-512"
 
 
@@ -75,7 +76,7 @@ def main() -> None:
     write_digits(data)
     paths = {"train_data_dir": data, "cache_dir": folder / "cache", "output_dir": folder / "model"}
     path_flags = [f"--{name}={path}" for name, path in paths.items()]
-    settings, config = parse_settings(["--config", "demo", *path_flags, *flags])
+    settings, config = parse_settings(["--config", str(PRESET), *path_flags, *flags])
     start = time.perf_counter()
     output_dir = train(settings, config)
     minutes = (time.perf_counter() - start) / 60
