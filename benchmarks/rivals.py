@@ -57,7 +57,8 @@ def two_phase_step(
             player.zero_grad(set_to_none=True)
         z = model.encoder(images).latents
         xh = model.decoder(z).reconstruction
-        zh = model.encoder(xh.detach() if sign < 0 else xh, update_statistics=False).latents
+        again = {"update_statistics": False, "reuse_statistics": True}
+        zh = model.encoder(xh.detach() if sign < 0 else xh, **again).latents
         utility, _ = objective.utility(z, zh, labels)
         (sign * utility).backward()
         optimizer.step()

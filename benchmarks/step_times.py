@@ -122,9 +122,7 @@ def steps_of(model: CtrlCscModel) -> tuple[Callable[[torch.Tensor], None], Calla
     """A step of the fit and one of the game, as train.py makes them: of images (n, C, H, W), pixels in [-1, 1]."""
     descent = Descent(deconvolution_error, model, 1, 1e-3)
     players = [make_adam(part, 1e-4) for part in player_parameters(model)]
-    loop = ClosedLoop(
-        model, ClosedLoopObjective(decoder_consistency=20.0), *players, reconstruction_statistics="images"
-    )
+    loop = ClosedLoop(model, ClosedLoopObjective(decoder_consistency=20.0), *players)
 
     def fit(images: torch.Tensor) -> None:
         with torch.autocast(images.device.type, torch.bfloat16):

@@ -30,25 +30,23 @@ SIZES = {2: [(8, 8)] * (STEPS - 1) + [(5, 2)], 3: [(8, 4, 4)] * (STEPS - 1) + [(
 # fmt: off
 RUNS: list[dict[str, Any]] = [
     {"objective": "binary", "decoder_consistency": 10.0},
-    {"objective": "binary", "encoder_consistency": 1.0, "energy": 2.0, "play": "alternating"},
-    {"objective": "multi", "num_classes": CLASSES, "consistency": "rate", "decoder_consistency": 1.0},
-    {"objective": "unsupervised", "augmentation_consistency": 0.5, "reconstruction_statistics": "images"},
-    {"reconstruction_statistics": "images", "low_pass": True, "code_reduction": [0.3, 0.5], "code_consistency": 0.7,
-     "pixel_error": 2.0},
-    {"objective": "binary", "share_dictionaries": True, "decoder_normalization": "inverse"},
+    {"objective": "binary", "energy": 2.0},
+    {"objective": "multi", "num_classes": CLASSES, "decoder_consistency": 1.0},
+    {"objective": "unsupervised"},
+    {"low_pass": True, "code_reduction": [0.3, 0.5], "code_consistency": 0.7, "pixel_error": 2.0},
+    {"objective": "binary", "share_dictionaries": True},
 ]
 # fmt: on
-LOOP = ("play", "reconstruction_statistics")
-MODEL = ("share_dictionaries", "decoder_normalization", "low_pass")
+MODEL = ("share_dictionaries", "low_pass")
 
 
-def batches(sizes: list[tuple[int, ...]]) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
-    """Images, labels and augmented images of all processes, by rank."""
+def batches(sizes: list[tuple[int, ...]]) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Images and labels of all processes, by rank."""
     generator = torch.Generator().manual_seed(1)
     for parts in sizes:
         images = torch.rand(sum(parts), 3, 8, 8, generator=generator, dtype=torch.float64) * 2 - 1
         labels = torch.arange(sum(parts)) * (CLASSES - 1) // sum(parts)  # the last class has none, the first rank one
-        yield images, labels, images.flip(-1)
+        yield images, labels
 
 
 def play(options: dict[str, Any], dtype: torch.dtype, sizes: list[tuple[int, ...]], rank: int | None) -> dict[str, Any]:
@@ -56,15 +54,15 @@ def play(options: dict[str, Any], dtype: torch.dtype, sizes: list[tuple[int, ...
     torch.manual_seed(0)
     config = CONFIG | {name: options[name] for name in MODEL if name in options}
     model = CtrlCscModel(CtrlCscConfig(**config)).to(dtype).train()
-    objective = ClosedLoopObjective(**{k: v for k, v in options.items() if k not in (*MODEL, *LOOP)})
+    objective = ClosedLoopObjective(**{k: v for k, v in options.items() if k not in MODEL})
     optimizers = [torch.optim.Adam(player, 1e-3) for player in player_parameters(model)]
-    loop = ClosedLoop(model, objective, *optimizers, **{name: options[name] for name in LOOP if name in options})
+    loop = ClosedLoop(model, objective, *optimizers)
     figures = None
-    for parts, (images, labels, augmented) in zip(sizes, batches(sizes), strict=True):
+    for parts, (images, labels) in zip(sizes, batches(sizes), strict=True):
         mine = slice(None)
         if rank is not None:
             mine = slice(sum(parts[:rank]), sum(parts[: rank + 1]))
-        figures = loop.step(images[mine].to(dtype), labels[mine], augmented[mine].to(dtype))
+        figures = loop.step(images[mine].to(dtype), labels[mine])
     return {"weights": model.state_dict(), "figures": vars(figures)}
 
 

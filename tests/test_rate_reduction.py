@@ -6,7 +6,7 @@ import torch
 from torch.autograd import gradcheck
 
 from ctrl_csc_hf import class_rate_reduction, coding_rate, multiclass_objective, rate_reduction
-from ctrl_csc_hf.rate_reduction import class_moments, cosine_distance, sample_rate_reduction, unsupervised_objective
+from ctrl_csc_hf.rate_reduction import class_moments, cosine_distance
 
 SIZES = [(3, 8), (8, 8), (20, 8), (1, 8), (5, 1), (1, 1), (40, 3)]
 
@@ -88,17 +88,6 @@ def test_coding_rates_of_rows_of_any_length_are_exact(length, distortion, n, d, 
     alpha = d / (n * distortion)
     expected = torch.from_numpy((u * (alpha * sigma / (1 + alpha * sigma**2))) @ vt).to(dtype)
     assert (gradient - expected).norm() < 1e-2 * expected.norm()
-
-
-@pytest.mark.parametrize(("length", "distortion"), [(1, 1e-6), (1e3, 0.5), (1e-4, 1e-12), (1e-3, 10)])
-def test_rate_reductions_of_single_rows_of_any_length_are_exact(length, distortion):
-    z, zh = (length * unit_rows(6, 8, seed).float() for seed in (1, 2))
-    zh = torch.cat([zh[:3] / 10, z[3:] + zh[3:] / 1000])
-    got = sample_rate_reduction(z, zh, distortion=distortion)
-    for row, reconstructed, found in zip(z, zh, got, strict=True):
-        sets = (torch.stack([row, reconstructed]), row[None], reconstructed[None])
-        union, one, other = (rate_by_singular_values(rows, distortion) for rows in sets)
-        assert found.item() == pytest.approx(union - (one + other) / 2, rel=1e-5, abs=1e-5)
 
 
 @pytest.mark.parametrize("rate", [coding_rate, lambda z, **o: rate_reduction(z, z, **o)])
@@ -253,29 +242,9 @@ def test_objectives_of_the_empty_set_are_zero():
     z, y = torch.zeros(0, 4), torch.zeros(0, dtype=torch.long)
     assert class_rate_reduction(z, y, 3).item() == 0
     assert multiclass_objective(z, z, y, 3).item() == 0
-    assert unsupervised_objective(z, z).item() == 0
-
-
-def test_unsupervised_objective_adds_the_rate_of_the_real_features():
-    z, zh = unit_rows(12, 5, 1), unit_rows(12, 5, 2)
-    expected = reference_rate(z) + reference_rate_reduction(z, zh)
-    assert unsupervised_objective(z, zh).item() == pytest.approx(expected, rel=1e-12)
 
 
 # ---- of single samples
-
-
-@pytest.mark.parametrize("distortion", [0.5, 0.1])
-@pytest.mark.parametrize("dim", [2, 16, 128])
-def test_sample_rate_reduction_is_the_rate_reduction_of_single_rows(dim, distortion):
-    z, zh = unit_rows(9, dim, 1), unit_rows(9, dim, 2)
-    zh[0] = z[0]
-    zh[1] = -z[1]
-    expected = [reference_rate_reduction(a[None], b[None], distortion) for a, b in zip(z, zh, strict=True)]
-    got = sample_rate_reduction(z, zh, distortion=distortion)
-    assert got.shape == (9,)
-    np.testing.assert_allclose(got.numpy(), expected, rtol=1e-10, atol=1e-12)
-    np.testing.assert_allclose(got[:2].numpy(), 0, atol=1e-12)  # it cannot tell zh from -zh
 
 
 def test_cosine_distance_is_zero_one_and_two_for_equal_orthogonal_and_opposite_vectors():
@@ -295,8 +264,6 @@ def all_objectives(z, zh, y, num_classes) -> list[torch.Tensor]:
         rate_reduction(z, zh),
         class_rate_reduction(z, y, num_classes),
         multiclass_objective(z, zh, y, num_classes),
-        unsupervised_objective(z, zh),
-        sample_rate_reduction(z, zh).mean(),
         cosine_distance(z, zh).mean(),
     ]
 
@@ -343,15 +310,13 @@ def test_gradients_of_every_objective_are_those_of_finite_differences(n, d):
     assert gradcheck(rate_reduction, (z, zh))
     assert gradcheck(lambda a: class_rate_reduction(a, y, 5), (z,))
     assert gradcheck(lambda a, b: multiclass_objective(a, b, y, 5), (z, zh))
-    assert gradcheck(unsupervised_objective, (z, zh))
-    assert gradcheck(sample_rate_reduction, (z, zh))
     assert gradcheck(cosine_distance, (z, zh))
 
 
 def test_gradients_of_the_empty_set_are_empty_and_finite():
     z = torch.zeros(0, 4, dtype=torch.float64, requires_grad=True)
     y = torch.zeros(0, dtype=torch.long)
-    value = class_rate_reduction(z, y, 3) + multiclass_objective(z, z, y, 3) + unsupervised_objective(z, z)
+    value = class_rate_reduction(z, y, 3) + multiclass_objective(z, z, y, 3)
     (gradient,) = torch.autograd.grad(value, z)
     assert gradient.shape == (0, 4)
 
@@ -377,7 +342,7 @@ Z, Y = torch.zeros(4, 3), torch.tensor([0, 1, 2, 1])
         (lambda: coding_rate(Z, distortion=float("nan")), "distortion must be positive, got nan"),
         (lambda: rate_reduction(Z, Z[:3]), r"reconstructed must have the shape of features, \(4, 3\), got \(3, 3\)"),
         (lambda: rate_reduction(Z, Z, distortion=-1), "distortion must be positive, got -1"),
-        (lambda: unsupervised_objective(Z, Z[:, :2]), r"reconstructed must .* \(4, 3\), got \(4, 2\)"),
+        (lambda: rate_reduction(Z, Z[:, :2]), r"reconstructed must .* \(4, 3\), got \(4, 2\)"),
         (lambda: multiclass_objective(Z, Z[:3], Y, 3), r"reconstructed must .* \(4, 3\), got \(3, 3\)"),
         (lambda: class_rate_reduction(Z, Y[:3], 3), r"labels must have shape \(4,\), got \(3,\)"),
         (lambda: class_rate_reduction(Z, Y[:, None], 3), r"labels must have shape \(4,\), got \(4, 1\)"),

@@ -1,6 +1,5 @@
 """What CTRL-CSC is compared with, trained as it is trained: ordinary convolutions, or the squared error of pixels."""
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -12,6 +11,7 @@ from ctrl_csc_hf import CtrlCscConfig, CtrlCscEncoder, CtrlCscModel
 from ctrl_csc_hf.batch_norm import BatchNorm
 from ctrl_csc_hf.closed_loop import ClosedLoop, ClosedLoopFigures
 from ctrl_csc_hf.distributed import count_over_processes
+from ctrl_csc_hf.rate_reduction import cosine_distance
 from ctrl_csc_hf.sparse_coding import ConvolutionalDictionary
 
 LEAK = 0.2  # of the leaky relu, as in DCGAN's discriminator, which CTRL's encoder is
@@ -75,22 +75,16 @@ AutoModel.register(ConvolutionalConfig, ConvolutionalModel, exist_ok=True)
 class SquaredErrorLoop(ClosedLoop):
     """An autoencoder's training in place of the game: both nets minimise the mean of (x - xh)^2 over all pixels."""
 
-    def backward(
-        self,
-        pixel_values: Tensor,
-        labels: Tensor | None = None,
-        augmented: Tensor | None = None,
-        players: Sequence[str] = ("encoder", "decoder"),
-    ) -> ClosedLoopFigures:
+    def backward(self, pixel_values: Tensor, labels: Tensor | None = None) -> ClosedLoopFigures:
         """Adds the squared error's gradients; the figures are the game's, their two losses the squared error."""
         z = self.model.encode(pixel_values).latents
         xh = self.model.decode(z).reconstruction
         count = count_over_processes(len(z), z.device)
         loss = (pixel_values - xh.float()).square().flatten(1).mean(dim=1).sum() / count
         with torch.no_grad():
-            zh = self.model.encode(xh, update_statistics=False, reuse_statistics=self.reuse_statistics).latents
+            zh = self.model.encode(xh, update_statistics=False, reuse_statistics=True).latents
             _, rates = self.objective.utility(z, zh, labels)
-            consistency = self.objective.self_consistency(z, zh).sum() / count
+            consistency = cosine_distance(z, zh).sum() / count
         loss.backward()
         zero = loss.new_zeros(())
         return self._figures(pixel_values, xh, zero, rates, zero, (consistency, zero), loss, loss, count)

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 COLLAPSED = 3  # what a run ends with that stops for it
 ADVICE = (
     "The latents have collapsed: R(Z) was below {share:.0%} of {largest:.1f} nats, its largest possible value, for "
-    "{steps} steps, last {rate:.2f} nats. What helps: encoder_consistency 0, a larger decoder_consistency, "
-    "objective 'unsupervised', which adds R(Z) to what the encoder raises, or a smaller encoder_learning_rate."
+    "{steps} steps, last {rate:.2f} nats. What helps: a larger decoder_consistency, objective 'unsupervised', which "
+    "adds R(Z) to what the encoder raises, or a smaller encoder_learning_rate."
 )
 
 

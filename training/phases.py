@@ -20,7 +20,7 @@ class Phases:
 
     Args:
         model: in training, on its device.
-        settings: for an objective that needs neither labels nor augmented images.
+        settings: for an objective that needs no labels.
         steps: number of steps of each phase, which its learning rate follows.
         graphs: phases whose step is one CUDA graph.
     """
@@ -49,8 +49,6 @@ class Phases:
             model,
             settings.closed_loop_objective(num_classes=None),
             *self.players,
-            play=settings.play,
-            reconstruction_statistics=settings.reconstruction_statistics,
             players=PLAYERS if settings.encoder_learning_rate else PLAYERS[1:],
         )
         launches = {name: descent.step for name, descent in self.descents.items()} | {"game": self._game}

@@ -10,7 +10,7 @@ from baselines import ConvolutionalConfig, SquaredErrorLoop
 from transformers import HfArgumentParser
 
 from ctrl_csc_hf import CtrlCscConfig
-from ctrl_csc_hf.closed_loop import STATISTICS, ClosedLoop, ClosedLoopObjective
+from ctrl_csc_hf.closed_loop import ClosedLoop, ClosedLoopObjective
 from ctrl_csc_hf.configuration_ctrl_csc import default_stages
 from ctrl_csc_hf.presets import load_preset
 
@@ -111,11 +111,7 @@ class TrainingSettings:
     # The game, see ctrl_csc_hf.closed_loop
     objective: str = option("binary", "binary, multi, or unsupervised.")
     distortion: float = option(0.5, "eps^2 of the coding rates.")
-    play: str = option("simultaneous", "simultaneous or alternating.")
-    consistency: str = option("cosine", "Self-consistency: cosine or rate.")
-    encoder_consistency: float = option(0.0, "w_f, weight of self-consistency in the encoder's loss.")
     decoder_consistency: float = option(10.0, "w_g, weight of self-consistency in the decoder's loss.")
-    augmentation_consistency: float = option(0.0, "w_a, weight of consistency with augmented images.")
     energy: float = option(0.0, "w_E, weight of the sparse-coding energy.")
     code_reduction: list[float] = field(
         default_factory=lambda: [0.0],
@@ -123,10 +119,6 @@ class TrainingSettings:
     )
     code_consistency: float = option(0.0, "w_c, weight of the codes' squared difference in the decoder's loss.")
     pixel_error: float = option(0.0, "w_x, weight of the squared error of pixels in the decoder's loss.")
-
-    reconstruction_statistics: str = option(
-        "own", "What the encoder's batch norms normalise reconstructions by: own, their own batch's, or images."
-    )
 
     # What CTRL-CSC is compared with, see baselines.py
     encoder: str = option("sparse_coding", "sparse_coding, or convolution: ordinary convolutions in its place.")
@@ -219,7 +211,6 @@ class TrainingSettings:
         if self.checkpoints_total_limit is not None and self.checkpoints_total_limit < 1:
             raise ValueError(f"checkpoints_total_limit must be at least 1, got {self.checkpoints_total_limit!r}")
         for name, allowed in (
-            ("reconstruction_statistics", STATISTICS),
             ("encoder", ENCODERS),
             ("loop", LOOPS),
             ("lr_scheduler", SCHEDULERS),
@@ -245,10 +236,7 @@ class TrainingSettings:
             objective=self.objective,
             distortion=self.distortion,
             num_classes=num_classes,
-            consistency=self.consistency,
-            encoder_consistency=self.encoder_consistency,
             decoder_consistency=self.decoder_consistency,
-            augmentation_consistency=self.augmentation_consistency,
             energy=self.energy,
             code_reduction=self.code_reduction[0] if len(self.code_reduction) == 1 else self.code_reduction,
             code_consistency=self.code_consistency,

@@ -19,7 +19,6 @@ import torch
 import torch._functorch.config as functorch_config
 from accelerate import Accelerator
 from accelerate.utils import ProjectConfiguration, set_seed
-from augmentation import augment
 from collapse import COLLAPSED, CollapseWatch, largest_rate
 from data import (
     HELD_OUT_SPLITS,
@@ -161,8 +160,6 @@ def main(settings: TrainingSettings, config: CtrlCscConfig) -> Path:
         model,
         settings.closed_loop_objective(stream.num_classes),
         *optimizers,
-        play=settings.play,
-        reconstruction_statistics=settings.reconstruction_statistics,
         players=PLAYERS if settings.encoder_learning_rate else PLAYERS[1:],
     )
 
@@ -297,9 +294,8 @@ def main(settings: TrainingSettings, config: CtrlCscConfig) -> Path:
         for optimizer, rate in zip(optimizers, rates, strict=True):
             set_learning_rate(optimizer, rate * schedule.lr_lambdas[0](history.step))
         pixel_values = to_pixel_values(batch["pixels"], accelerator.device)
-        augmented = augment(pixel_values) if settings.augmentation_consistency else None
         with accelerator.autocast():
-            played = loop.step(pixel_values, batch.get("labels"), augmented)
+            played = loop.step(pixel_values, batch.get("labels"))
         if average:
             average.advance()
             average.update(parameters)

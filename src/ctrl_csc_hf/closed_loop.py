@@ -2,14 +2,14 @@
 
     x -> z = f(x) -> xh = g(z) -> zh = f(xh)
 
-    encoder: minimise L_f = -J + w_f S(z, zh) + w_a S(z, z_a) + w_E E(x)
+    encoder: minimise L_f = -J + w_E E(x)
     decoder: minimise L_g = +J + w_g S(z, zh) + w_c S_c + w_x 1/2 |x - xh|^2
 
 J is the utility: that of the latents (an objective of rate_reduction.py) and, a stage l, w_l dR(C_l, Ch_l), the rate
 reduction between the codes of x and of xh. The latents hold nothing of what they throw away; the codes do. S is
-self-consistency, of the latents and S_c of the codes; E the sparse-coding energy; z_a = f(tau(x)) the latents of
-augmented images; |x - xh|^2 a mean over pixels. Dai et al., Entropy 24(4):456, 2022; Tong et al., CPAL 2024; the terms
-of the codes are this package's.
+self-consistency, the mean of 1 - cos(z_i, zh_i), and S_c that of the codes; E the sparse-coding energy; |x - xh|^2 a
+mean over pixels. Dai et al., Entropy 24(4):456, 2022; Tong et al., CPAL 2024; the terms of the codes are this
+package's.
 """
 
 from collections.abc import Sequence
@@ -36,15 +36,11 @@ from .rate_reduction import (
     multiclass_objective_of_pair,
     rates_of_moments,
     rates_of_pair,
-    sample_rate_reduction,
     second_moments,
 )
 
 OBJECTIVES = ("binary", "multi", "unsupervised")
 PLAYERS = ("encoder", "decoder")
-PLAYS = ("simultaneous", "alternating")
-CONSISTENCIES = ("cosine", "rate")
-STATISTICS = ("own", "images")
 
 
 @dataclass(frozen=True)
@@ -55,10 +51,7 @@ class ClosedLoopObjective:
         objective: J. "binary": dR(Z, Zh); "multi": CTRL-Multi, with labels; "unsupervised": R(Z) + dR(Z, Zh).
         distortion: eps^2 of the coding rates.
         num_classes: of the labels; "multi" needs it.
-        consistency: S. "cosine": mean of 1 - cos(z_i, zh_i); "rate": mean of dR(z_i, zh_i).
-        encoder_consistency: w_f, weight of S in the encoder's loss.
         decoder_consistency: w_g, weight of S in the decoder's loss.
-        augmentation_consistency: w_a, weight of S between z and the latents of augmented images.
         energy: w_E, weight of the sparse-coding energy per pixel.
         code_reduction: w_l of every stage, from pixels inwards; one number stands for all stages.
         code_consistency: w_c, weight of S_c, the mean of (C_l - Ch_l)^2 summed over stages, in the decoder's loss.
@@ -71,21 +64,16 @@ class ClosedLoopObjective:
     objective: str = "binary"
     distortion: float = 0.5
     num_classes: int | None = None
-    consistency: str = "cosine"
-    encoder_consistency: float = 0.0
     decoder_consistency: float = 0.0
-    augmentation_consistency: float = 0.0
     energy: float = 0.0
     code_reduction: float | Sequence[float] = 0.0
     code_consistency: float = 0.0
     pixel_error: float = 0.0
 
     def __post_init__(self) -> None:
-        for name, allowed in (("objective", OBJECTIVES), ("consistency", CONSISTENCIES)):
-            if getattr(self, name) not in allowed:
-                raise ValueError(f"{name} must be one of {allowed}, got {getattr(self, name)!r}")
-        for name in ("encoder_consistency", "decoder_consistency", "augmentation_consistency", "energy",
-                     "code_reduction", "code_consistency", "pixel_error"):  # fmt: skip
+        if self.objective not in OBJECTIVES:
+            raise ValueError(f"objective must be one of {OBJECTIVES}, got {self.objective!r}")
+        for name in ("decoder_consistency", "energy", "code_reduction", "code_consistency", "pixel_error"):
             value = getattr(self, name)
             weights = value if isinstance(value, Sequence) else [value]
             if not weights or not all(0 <= weight < float("inf") for weight in weights):
@@ -176,12 +164,6 @@ class ClosedLoopObjective:
         differences = [c.detach().to(_precise(c)) - again for c, again in zip(codes, reconstructed, strict=True)]
         return torch.stack([difference.square().flatten(1).mean(dim=1) for difference in differences]).sum(dim=0)
 
-    def self_consistency(self, latents: Tensor, reconstructed: Tensor) -> Tensor:
-        """S of each image (n,), 0 where zh_i points where z_i does; the losses take its mean over the batch."""
-        if self.consistency == "cosine":
-            return cosine_distance(latents, reconstructed)
-        return sample_rate_reduction(latents, reconstructed, distortion=self.distortion)
-
 
 @dataclass
 class ClosedLoopFigures:
@@ -203,6 +185,10 @@ class ClosedLoopFigures:
 class ClosedLoop:
     """Plays the game, one step a call.
 
+    One pass of the loop gives both players' gradients, equal to those of two passes at the same parameters. The
+    encoder's batch norms normalise reconstructions by the statistics of the batch of images, as constants, so that f is
+    one map.
+
     Where torch.distributed is in use, each process gives its part of the batch, of any size above 0, and all of them
     end with the weights of one process with the whole batch. The model is not to be wrapped. A step reads no value of
     the device, so no GPU waits: whether the losses in its figures are finite is for the caller to see, before it saves
@@ -215,17 +201,11 @@ class ClosedLoop:
         objective: what they minimise.
         encoder_optimizer: of the encoder's parameters, and of all that the players share.
         decoder_optimizer: of the decoder's other parameters.
-        play: "simultaneous": one pass of the loop gives both players' gradients, equal to those of two passes at
-            the same parameters; "alternating": the decoder answers the encoder's step, at the price of another
-            pass.
-        reconstruction_statistics: what the encoder's batch norms normalise reconstructions by. "own": by their own
-            batch's statistics, which hides wrong means and contrasts of the reconstructions from both players;
-            "images": by those of the batch of images, as constants, so that f is one map.
         players: who plays, one or both; the other stands still.
 
     Raises:
-        ValueError: for an unknown `play` or `reconstruction_statistics`, for weights of another number of stages, and
-            for a distortion that is too small for the coding rates of unit vectors to be exact.
+        ValueError: for weights of another number of stages, and for a distortion that is too small for the coding rates
+            of unit vectors to be exact.
     """
 
     def __init__(
@@ -235,50 +215,29 @@ class ClosedLoop:
         encoder_optimizer: Optimizer,
         decoder_optimizer: Optimizer,
         *,
-        play: str = "simultaneous",
-        reconstruction_statistics: str = "own",
         players: Sequence[str] = PLAYERS,
     ) -> None:
-        if play not in PLAYS:
-            raise ValueError(f"play must be one of {PLAYS}, got {play!r}")
-        if reconstruction_statistics not in STATISTICS:
-            raise ValueError(
-                f"reconstruction_statistics must be one of {STATISTICS}, got {reconstruction_statistics!r}"
-            )
         objective.stage_weights(len(model.config.stage_channels))
         device = "mps" if model.device.type == "mps" else "cpu"  # as precise as where the rates are computed
         check_precision("latents", torch.eye(1, model.config.latent_dim, device=device), objective.distortion)
         self.model = model
         self.objective = objective
         self.optimizers = (encoder_optimizer, decoder_optimizer)
-        self.play, self.players = play, players
-        self.reuse_statistics = reconstruction_statistics == "images"
+        self.players = players
         model.share_statistics(sum_over_processes if num_processes() > 1 else None)
 
-    def step(
-        self, pixel_values: Tensor, labels: Tensor | None = None, augmented: Tensor | None = None
-    ) -> ClosedLoopFigures:
+    def step(self, pixel_values: Tensor, labels: Tensor | None = None) -> ClosedLoopFigures:
         """One step of both players.
 
         Args:
             pixel_values: x (n, C, H, W), in [-1, 1].
             labels: y (n,), for objective "multi", best on the CPU, see `ClosedLoopObjective.utility`.
-            augmented: tau(x) (n, C, H, W), where `augmentation_consistency` is above 0.
         """
-        turns = [self.players] if self.play == "simultaneous" else [[player] for player in self.players]
-        played = []
-        for players in turns:
-            played.append(self.backward(pixel_values, labels, augmented, players))
-            self._apply_gradients()
-        return played[0]
+        figures = self.backward(pixel_values, labels)
+        self._apply_gradients()
+        return figures
 
-    def backward(
-        self,
-        pixel_values: Tensor,
-        labels: Tensor | None = None,
-        augmented: Tensor | None = None,
-        players: Sequence[str] = PLAYERS,
-    ) -> ClosedLoopFigures:
+    def backward(self, pixel_values: Tensor, labels: Tensor | None = None) -> ClosedLoopFigures:
         """Adds dL_f/dtheta and dL_g/deta to the players' gradients, from one pass of the loop.
 
         The decoder's input is z.detach() and the second encoding's a copy of xh, so each player's gradient is
@@ -286,7 +245,7 @@ class ClosedLoop:
         otherwise takes a second backward pass through f, by its input alone.
         """
         objective, model = self.objective, self.model
-        encoder_plays, decoder_plays = "encoder" in players, "decoder" in players
+        encoder_plays, decoder_plays = "encoder" in self.players, "decoder" in self.players
         with torch.set_grad_enabled(encoder_plays):
             with_energy = encoder_plays and objective.energy > 0
             options = {"output_normalized_codes": objective.compares_codes}
@@ -295,14 +254,12 @@ class ClosedLoop:
         with torch.set_grad_enabled(decoder_plays):
             xh = model.decode(z.detach(), update_statistics=decoder_plays).reconstruction
         second_input = xh.detach().requires_grad_(decoder_plays)
-        encoded_again = model.encode(
-            second_input, update_statistics=False, reuse_statistics=self.reuse_statistics, **options
-        )
+        encoded_again = model.encode(second_input, update_statistics=False, reuse_statistics=True, **options)
         zh = encoded_again.latents
 
         count = count_over_processes(len(z), z.device)
         utility, rates = objective.utility(z, zh, labels)
-        consistency = objective.self_consistency(z, zh).sum() / count
+        consistency = cosine_distance(z, zh).sum() / count
         code_reduction = code_consistency = consistency.new_zeros(())
         if encoded.normalized_codes is not None and encoded_again.normalized_codes is not None:
             pairs = (encoded.normalized_codes, encoded_again.normalized_codes)
@@ -312,8 +269,6 @@ class ClosedLoop:
             utility = utility + sum(weight * reduction for weight, reduction in zip(weights, of_stages, strict=True))
             code_consistency = objective.code_difference(*pairs).sum() / count
         encoder_loss, decoder_loss = -utility, utility
-        if objective.encoder_consistency:
-            encoder_loss = encoder_loss + objective.encoder_consistency * consistency
         if objective.decoder_consistency:
             decoder_loss = decoder_loss + objective.decoder_consistency * consistency
         if objective.code_consistency:
@@ -323,23 +278,12 @@ class ClosedLoop:
             decoder_loss = decoder_loss + objective.pixel_error * error
         if encoded.energy is not None:
             encoder_loss = encoder_loss + objective.energy * encoded.energy.sum() / count
-        if encoder_plays and objective.augmentation_consistency:
-            if augmented is None:
-                raise ValueError("augmented must be given where augmentation_consistency is above 0, got None")
-            z_augmented = model.encode(augmented, update_statistics=False).latents
-            apart = objective.self_consistency(z, z_augmented).sum() / count
-            encoder_loss = encoder_loss + objective.augmentation_consistency * apart
         figures = self._figures(
             pixel_values, xh, utility, rates, code_reduction, (consistency, code_consistency),
             encoder_loss, decoder_loss, count,
         )  # fmt: skip
 
-        pure_game = not (
-            objective.encoder_consistency
-            or objective.decoder_consistency
-            or objective.code_consistency
-            or objective.pixel_error
-        )
+        pure_game = not (objective.decoder_consistency or objective.code_consistency or objective.pixel_error)
         if encoder_plays and decoder_plays and pure_game:
             encoder_loss.backward()
             xh.backward(-second_input.grad)  # type: ignore[operator]  # it has one
@@ -392,17 +336,7 @@ def _precise(tensor: Tensor) -> torch.dtype:
 
 
 def player_parameters(model: CtrlCscModel) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
-    """The parameters of the encoder's optimiser and of the decoder's: what they share belongs to the encoder's.
-
-    Raises:
-        ValueError: if nothing is left to the decoder.
-    """
+    """The parameters of the encoder's optimiser and of the decoder's: what they share belongs to the encoder's."""
     encoder = [parameter for parameter in model.encoder.parameters() if parameter.requires_grad]
     shared = {id(parameter) for parameter in encoder}
-    decoder = [p for p in model.decoder.parameters() if p.requires_grad and id(p) not in shared]
-    if not decoder:
-        raise ValueError(
-            "decoder_affine must be True where dictionaries are shared and decoder_normalization is 'inverse', or the "
-            "decoder has nothing of its own to learn, got False"
-        )
-    return encoder, decoder
+    return encoder, [p for p in model.decoder.parameters() if p.requires_grad and id(p) not in shared]

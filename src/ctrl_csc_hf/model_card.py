@@ -76,8 +76,8 @@ LOCAL_SETTINGS = (
 )
 # Settings that say what the players minimise, or whether one of them does.
 OF_THE_GAME = (
-    "objective", "consistency", "encoder_consistency", "decoder_consistency", "augmentation_consistency", "energy",
-    "code_reduction", "code_consistency", "pixel_error", "loop", "encoder_learning_rate",
+    "objective", "decoder_consistency", "energy", "code_reduction", "code_consistency", "pixel_error", "loop",
+    "encoder_learning_rate",
 )  # fmt: skip
 FIGURE = "architecture.png"
 METRICS, SETTINGS = "metrics.json", "training_args.json"
@@ -206,7 +206,7 @@ def _game(settings: dict[str, Any]) -> str:
         weighted = [f"{settings[name]:g} {term}" for name, term in terms if settings.get(name)]
         return " + ".join([start, *weighted])
 
-    encoder = loss("-J", (("encoder_consistency", "S"), ("augmentation_consistency", "S_a"), ("energy", "E")))
+    encoder = loss("-J", (("energy", "E"),))
     decoder = loss(
         "J", (("decoder_consistency", "S"), ("code_consistency", "S_c"), ("pixel_error", "1/2 |x - xh|^2 per pixel"))
     )
@@ -225,15 +225,12 @@ def _game(settings: dict[str, Any]) -> str:
         text += f"the decoder minimises {decoder}; the encoder stands still"
     else:
         text += f"the encoder minimises {encoder}, the decoder {decoder}"
-    distance = {"cosine": "1 - cos(z_i, zh_i)", "rate": "dR(z_i, zh_i)"}[settings.get("consistency", "cosine")]
-    if " S" in (encoder + decoder).replace(" S_c", ""):
-        text += f"; S is the mean of {distance}"
+    if " S" in decoder.replace(" S_c", ""):
+        text += "; S is the mean of 1 - cos(z_i, zh_i)"
     if any(weights) or " S_c" in decoder:
         text += "; C_l are the normalised codes of stage l of images, Ch_l those of reconstructions"
     if " S_c" in decoder:
         text += ", S_c the mean of (C_l - Ch_l)^2, summed over stages"
-    if " S_a" in encoder:
-        text += ", S_a the same between the latents of images and of augmented ones"
     if " E" in encoder:
         text += "; E is the energy above, of all stages, per pixel"
     return text

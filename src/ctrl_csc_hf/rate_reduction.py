@@ -93,11 +93,6 @@ def multiclass_objective(
     return objective.to(_result_type(features))
 
 
-def unsupervised_objective(features: Tensor, reconstructed: Tensor, *, distortion: float = 0.5) -> Tensor:
-    """u-CTRL: R(Z) + dR(Z, Zh), in nats; arguments and errors as `rate_reduction`."""
-    return coding_rate(features, distortion=distortion) + rate_reduction(features, reconstructed, distortion=distortion)
-
-
 # What a training step computes, of features that the model has scaled: in float64, without looking at their values.
 # Labels are looked at: where they are on the CPU, this makes no GPU wait.
 
@@ -170,18 +165,6 @@ def cosine_distance(features: Tensor, reconstructed: Tensor) -> Tensor:
     """1 - cos(z_i, zh_i) = |z_i - zh_i|^2 / 2 of unit vectors: (n, d), (n, d) -> (n,)."""
     dtype = _result_type(features)
     return (features.to(dtype) - reconstructed.to(dtype)).square().sum(dim=1) / 2
-
-
-def sample_rate_reduction(features: Tensor, reconstructed: Tensor, *, distortion: float = 0.5) -> Tensor:
-    """dR(z_i, zh_i) of single rows: (n, d), (n, d) -> (n,), in nats.
-
-    Of unit vectors 1/2 log[1 + a^2 sin^2 / (1 + 2a)] with a = d / (2 eps^2) and the sine of their angle. It cannot tell
-    zh from -z, and is flat where they are orthogonal.
-    """
-    pairs = _exact(torch.stack([features, reconstructed], dim=1))
-    ones = torch.ones(len(pairs), dtype=torch.int64, device=pairs.device)
-    single = sum(_coding_rates(row, ones, distortion) for row in pairs.split(1, dim=1))
-    return (_coding_rates(pairs, 2 * ones, distortion) - single / 2).to(_result_type(features))
 
 
 def check_precision(name: str, features: Tensor, distortion: float) -> None:
