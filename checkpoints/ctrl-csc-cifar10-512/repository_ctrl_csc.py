@@ -59,7 +59,7 @@ CARD_TAG = "\n- ctrl-csc\n"  # by which a README.md is known to be a card of thi
 MEASURED = ("metrics.json", "reconstructions.png", "rivals.png", "neighbours.png", "correlations.png")
 UNPUBLISHED = (*MEASURED, *(f"evaluation/{name}" for name in MEASURED), "history.json", "samples/step-*.png")
 # Of a configuration, what a model's outputs depend on and the shapes of its weights do not tell.
-OF_THE_OUTPUTS = ("strides", "paddings", "sparsity", "ridge", "num_iterations", "step_size", "decoder_normalization")
+OF_THE_OUTPUTS = ("strides", "paddings", "sparsity", "ridge", "num_iterations", "step_size")
 
 
 class Config:

@@ -268,19 +268,20 @@ class CtrlCscEncoder(CtrlCscPreTrainedModel):
         self.post_init()
 
     def _init_weights(self, module: nn.Module) -> None:
-        """Also gives the batch norms the gain of the low pass and the running variances of codes of white noise, so that
-        no stage falls silent in evaluation.
+        """Gives batch norms the gain of the low pass and the running variances of codes of white noise: no stage falls
+        silent in evaluation.
 
         A FISTA step from zero is about 1 / |A|^2 A*(x), and atoms are unit: codes have a deviation of about
         1 / |A|^2. With a running variance of 1 each stage's signal would be that much smaller than the last, and soon
         below lambda.
         """
         super()._init_weights(module)
-        for stage, norm in zip(self.stages, self.norms, strict=True):
-            if norm is module and isinstance(stage, ConvolutionalSparseCoding) and not _is_loaded(norm.running_var):
-                norm.running_var[: stage.code_channels] = stage.operator_norm**-4
-        if module is self.norms[0] and not _is_loaded(self.norms[0].weight):
-            self.norms[0].weight[self.config.stage_channels[0] :] = LOW_PASS_GAIN
+        if isinstance(module, BatchNorm):
+            stage = self.stages[list(self.norms).index(module)]
+            if isinstance(stage, ConvolutionalSparseCoding) and not _is_loaded(module.running_var):
+                module.running_var[: stage.code_channels] = stage.operator_norm**-4
+            if not _is_loaded(module.weight):
+                module.weight[stage.code_channels :] = LOW_PASS_GAIN
 
     @can_return_tuple
     def forward(

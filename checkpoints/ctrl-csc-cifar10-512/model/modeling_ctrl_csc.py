@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -28,7 +28,6 @@ from .sparse_coding import ConvolutionalDictionary, ConvolutionalSparseCoding, n
 DETAIL_DEVIATION = 0.2  # of photographs less their low pass, about: stage signals have a deviation of about 1
 LOW_PASS_GAIN = 3.0  # of the low pass in the second stage's signal: it holds most of an image's energy
 LATENT_OFFSET = 1e-3  # added to a latent's first coordinate before it is scaled to unit length
-SMALLEST_GAMMA = 0.05  # of a batch norm that the decoder inverts
 # Of `from_pretrained`: where a file lies.
 HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "revision", "subfolder", "token")
 
@@ -140,8 +139,8 @@ class CtrlCscPreTrainedModel(PreTrainedModel):
 
     @torch.no_grad()
     def project_parameters(self, *, refine: bool = True) -> None:
-        """Back to what the model requires of its parameters: unit atoms, operator norms that belong to them, and
-        batch norms that the decoder can invert. Call it after each optimiser step and each average of weights.
+        """Back to what the model requires of its parameters: unit atoms, and operator norms that belong to them. Call
+        it after each optimiser step and each average of weights.
 
         Args:
             refine: whether operator norms are found to within 1%, whatever the change. False lets them follow a small
@@ -155,10 +154,6 @@ class CtrlCscPreTrainedModel(PreTrainedModel):
                     dictionary.update_operator_norm(warm=False)
                 else:
                     dictionary.follow_operator_norm()
-        if self.config.decoder_normalization == "inverse":
-            for module in self.modules():
-                if isinstance(module, BatchNorm):
-                    module.weight.clamp_(min=SMALLEST_GAMMA)
 
     def share_statistics(self, sum_over_processes: Callable[[Tensor], Tensor] | None) -> None:
         """Makes every batch, in training, a part of one that lies on several processes; None ends it.
@@ -167,7 +162,7 @@ class CtrlCscPreTrainedModel(PreTrainedModel):
             sum_over_processes: adds a tensor up over the processes, in place, and returns it.
         """
         for module in self.modules():
-            if isinstance(module, BatchNorm | CtrlCscEncoder):
+            if isinstance(module, BatchNorm):
                 module.sum_over_processes = sum_over_processes
 
     def _init_weights(self, module: nn.Module) -> None:
@@ -178,10 +173,6 @@ class CtrlCscPreTrainedModel(PreTrainedModel):
         elif isinstance(module, CtrlCscDecoder):
             nn.init.ones_(module.output_scale)
             nn.init.zeros_(module.output_bias)
-            nn.init.ones_(module.latent_norm)
-        elif isinstance(module, CtrlCscEncoder):
-            nn.init.ones_(module.latent_norm)
-            module.reset_norms()
         else:
             super()._init_weights(module)
 
@@ -219,17 +210,17 @@ def _encode_stage(
 
 
 def _decode_stage(
-    stage: ConvolutionalDictionary, norm: BatchNorm, size: int, inverse: bool, signal: Tensor, update_statistics: bool
+    stage: ConvolutionalDictionary, norm: BatchNorm, size: int, signal: Tensor, update_statistics: bool
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    carried = norm.inverse(signal) if inverse else norm(signal, update_statistics)
+    carried = norm(signal, update_statistics)
     width = len(stage.dictionary)
     low = carried[:, width:] if carried.shape[1] > width else None
     codes = F.relu(carried[:, :width])
     return codes, stage.synthesize(codes, (size, size)), low
 
 
-def _unit_vectors(vectors: Tensor) -> tuple[Tensor, Tensor]:
-    """v + 1e-3 e_1 scaled to unit length, and that length, in float32 or better: (n, d) -> (n, d), (n, 1).
+def _unit_vectors(vectors: Tensor) -> Tensor:
+    """v + 1e-3 e_1 scaled to unit length, in float32 or better: (n, d) -> (n, d).
 
     The offset gives the zero vector a direction and bounds the gradient around it. Rows are divided by their largest
     entry first, so that no square overflows or vanishes.
@@ -238,8 +229,7 @@ def _unit_vectors(vectors: Tensor) -> tuple[Tensor, Tensor]:
     vectors = vectors + F.pad(vectors.new_full((1,), LATENT_OFFSET), (0, vectors.shape[1] - 1))
     largest = vectors.detach().abs().amax(dim=1, keepdim=True)
     scaled = vectors / largest
-    length = torch.linalg.vector_norm(scaled, dim=1, keepdim=True)
-    return scaled / length, largest * length.detach()
+    return scaled / torch.linalg.vector_norm(scaled, dim=1, keepdim=True)
 
 
 class CtrlCscEncoder(CtrlCscPreTrainedModel):
@@ -253,8 +243,6 @@ class CtrlCscEncoder(CtrlCscPreTrainedModel):
     """
 
     base_model_prefix = "encoder"
-    latent_norm_momentum = 0.1  # as the batch norms'
-    sum_over_processes: Callable[[Tensor], Tensor] | None = None  # as the batch norms'
     _keys_to_ignore_on_load_unexpected = [r"^decoder\."]
 
     def __init__(self, config: CtrlCscConfig) -> None:
@@ -277,23 +265,23 @@ class CtrlCscEncoder(CtrlCscPreTrainedModel):
         self.stages = nn.ModuleList(stages)
         self.norms = nn.ModuleList(BatchNorm(width) for width in config.norm_channels)
         self.last_stage = ConvolutionalDictionary(*config.stage_shapes[-1])
-        self.register_buffer("latent_norm", torch.ones(()))
         self.post_init()
 
-    @torch.no_grad()
-    def reset_norms(self) -> None:
-        """Gain of the low pass, and running variances of a new model: those of codes of white noise, so that no stage
-        falls silent in evaluation.
+    def _init_weights(self, module: nn.Module) -> None:
+        """Gives batch norms the gain of the low pass and the running variances of codes of white noise: no stage falls
+        silent in evaluation.
 
         A FISTA step from zero is about 1 / |A|^2 A*(x), and atoms are unit: codes have a deviation of about
         1 / |A|^2. With a running variance of 1 each stage's signal would be that much smaller than the last, and soon
         below lambda.
         """
-        for stage, norm in zip(self.stages, self.norms, strict=True):
-            if isinstance(stage, ConvolutionalSparseCoding) and not _is_loaded(norm.running_var):
-                norm.running_var[: stage.code_channels] = stage.operator_norm**-4
-        if not _is_loaded(self.norms[0].weight):
-            self.norms[0].weight[self.config.stage_channels[0] :] = LOW_PASS_GAIN
+        super()._init_weights(module)
+        if isinstance(module, BatchNorm):
+            stage = self.stages[list(self.norms).index(module)]
+            if isinstance(stage, ConvolutionalSparseCoding) and not _is_loaded(module.running_var):
+                module.running_var[: stage.code_channels] = stage.operator_norm**-4
+            if not _is_loaded(module.weight):
+                module.weight[stage.code_channels :] = LOW_PASS_GAIN
 
     @can_return_tuple
     def forward(
@@ -358,14 +346,7 @@ class CtrlCscEncoder(CtrlCscPreTrainedModel):
         if output_energy:
             synthesis = self.last_stage.synthesize(vector, signal.shape[-2:])
             energy = energy + (signal - synthesis).square().flatten(1).sum(dim=1) / 2
-        latents, length = _unit_vectors(vector.flatten(1))
-        if self.training and update_statistics:
-            mean_length = length.mean()
-            if self.sum_over_processes is not None:
-                sums = self.sum_over_processes(torch.stack([length.sum(), torch.ones_like(length).sum()]))
-                mean_length = sums[0] / sums[1]
-            self.latent_norm.lerp_(mean_length.to(self.latent_norm.dtype), self.latent_norm_momentum)
-        latents = latents.to(self.dtype)
+        latents = _unit_vectors(vector.flatten(1)).to(self.dtype)
         return CtrlCscEncoderOutput(
             latents=latents,
             pooler_output=latents,
@@ -406,9 +387,8 @@ class CtrlCscDecoder(CtrlCscPreTrainedModel):
         self.stages = nn.ModuleList(ConvolutionalDictionary(*shape) for shape in config.stage_shapes[:-1])
         self.norms = nn.ModuleList(BatchNorm(width) for width in config.norm_channels)
         self.last_stage = ConvolutionalDictionary(*config.stage_shapes[-1])
-        self.register_buffer("latent_norm", torch.ones(()))
-        self.output_scale = nn.Parameter(torch.ones(config.num_channels), requires_grad=config.decoder_affine)
-        self.output_bias = nn.Parameter(torch.zeros(config.num_channels), requires_grad=config.decoder_affine)
+        self.output_scale = nn.Parameter(torch.ones(config.num_channels))
+        self.output_bias = nn.Parameter(torch.zeros(config.num_channels))
         self.post_init()
 
     @can_return_tuple
@@ -430,14 +410,10 @@ class CtrlCscDecoder(CtrlCscPreTrainedModel):
             raise ValueError(f"latents must have shape (n, {self.config.latent_dim}), got {tuple(latents.shape)}")
         self._check_batch("latents", latents)
         *sizes, _ = self.config.signal_sizes
-        inverse = self.config.decoder_normalization == "inverse"
-        signal = latents.to(self.dtype)[:, :, None, None]
-        if inverse:
-            signal = signal * self.latent_norm.clone()  # the encoder may update it before the backward pass
-        signal = self.last_stage.synthesize(signal, (sizes[-1], sizes[-1]))
+        signal = self.last_stage.synthesize(latents.to(self.dtype)[:, :, None, None], (sizes[-1], sizes[-1]))
         all_codes: tuple[Tensor, ...] = ()
         for stage, norm, size in reversed(list(zip(self.stages, self.norms, sizes, strict=False))):
-            run = partial(_decode_stage, stage, norm, size, inverse)
+            run = partial(_decode_stage, stage, norm, size)
             codes, signal, low = self._run_stage(run, signal, update_statistics)
             all_codes = (codes, *all_codes)
         pixels = signal * self.output_scale[:, None, None] + self.output_bias[:, None, None]
@@ -487,7 +463,8 @@ class CtrlCscModel(CtrlCscPreTrainedModel):
         reconstruction = self.decode(encoded.latents, output_hidden_states=False).reconstruction
         reconstructed_latents = None
         if output_reconstructed_latents:
-            again = self.encode(reconstruction, update_statistics=False, output_hidden_states=False)
+            options = {"update_statistics": False, "reuse_statistics": True, "output_hidden_states": False}
+            again = self.encode(reconstruction, **options)
             reconstructed_latents = again.latents
         return CtrlCscModelOutput(
             latents=encoded.latents,
@@ -514,19 +491,6 @@ class CtrlCscModel(CtrlCscPreTrainedModel):
         """
         return self.decoder(latents, **options, return_dict=True)
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        """Moves or casts, and ties again: torch keeps a shared parameter shared, but not a shared buffer."""
-        super()._apply(fn, recurse)
-        self.tie_weights()
-        return self
-
-    def get_parameter(self, target: str) -> Tensor:
-        """Also finds buffers: transformers looks here for what it ties, and an inverted batch norm ties some."""
-        try:
-            return super().get_parameter(target)
-        except AttributeError:
-            return self.get_buffer(target)
-
 
 def _shared_tensors(config: CtrlCscConfig) -> list[str]:
     """Patterns of the names of the decoder's tensors that are the encoder's, which alone are saved."""
@@ -535,8 +499,6 @@ def _shared_tensors(config: CtrlCscConfig) -> list[str]:
         patterns.append(r"last_stage\.dictionary")
     if config.share_dictionaries is True:
         patterns.append(r"stages\.\d+\.dictionary")
-    if config.decoder_normalization == "inverse":
-        patterns += [r"norms\..+", "latent_norm"]
     return patterns
 
 

@@ -1,6 +1,6 @@
-"""Batch norm as the loop needs it: over one process's batch or all processes' together, and invertible.
+"""Batch norm as the loop needs it: over one process's batch or all processes' together.
 
-torch's own has no inverse, updates its running statistics whenever it trains, and synchronises on GPUs alone.
+torch's own updates its running statistics whenever it trains, and synchronises on GPUs alone.
 """
 
 from collections.abc import Callable
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 
 class BatchNorm(nn.Module):
-    """Batch norm (n, channels, h, w) that leaves its running statistics alone where asked to, and can be inverted.
+    """Batch norm (n, channels, h, w) that leaves its running statistics alone where asked to.
 
     sum_over_processes: where set, a batch is a part of one that lies on several processes: the function adds tensors
         up over them, in place, and every process has at least one image. Values and gradients are the whole batch's.
@@ -80,12 +80,6 @@ class BatchNorm(nn.Module):
         return _NormalizeOverProcesses.apply(
             codes, self.batch_statistics[0], inverse_deviation, count[0].to(dtype), sum_over_processes
         ) * self.weight[:, None, None].to(codes.dtype) + self.bias[:, None, None].to(codes.dtype)
-
-    def inverse(self, signal: Tensor) -> Tensor:
-        """Undoes the affine map and the normalisation, with the running statistics as constants."""
-        scale = (self.running_var + self.eps).sqrt() / self.weight
-        shift = self.running_mean - self.bias * scale
-        return signal * scale[:, None, None] + shift[:, None, None]
 
 
 class _NormalizeOverProcesses(torch.autograd.Function):

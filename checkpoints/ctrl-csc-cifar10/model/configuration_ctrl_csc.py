@@ -6,7 +6,6 @@ from huggingface_hub.dataclasses import strict
 from huggingface_hub.errors import StrictDataclassError
 from transformers import PreTrainedConfig
 
-DECODER_NORMALIZATIONS = ("batch_norm", "inverse")
 LARGEST_LAST_SIDE = 8
 
 
@@ -62,8 +61,6 @@ class _StrictCtrlCscConfig(PreTrainedConfig):
     step_size: float | int = 0.9
     denoising_sparsity: list[list[float | int]] | None = None
     share_dictionaries: bool | str = True
-    decoder_normalization: str = "batch_norm"
-    decoder_affine: bool = True
     tie_word_embeddings: bool = True
 
 
@@ -91,9 +88,6 @@ class CtrlCscConfig(_StrictCtrlCscConfig):
             nothing else.
         share_dictionaries (`bool` or `str`): whether encoder and decoder use the same dictionaries; "last", that of the
             last stage alone.
-        decoder_normalization (`str`): "batch_norm", batch norms of the decoder's own, or "inverse", the exact
-            inverse of the encoder's.
-        decoder_affine (`bool`): whether the decoder learns a scale and a bias per channel, before its tanh.
 
     Raises:
         ValueError: for a wrong value or combination; the message names field, value and what is allowed.
@@ -196,12 +190,6 @@ class CtrlCscConfig(_StrictCtrlCscConfig):
             self.strides,
             f"strides that, with kernel_sizes={list(self.kernel_sizes)} and paddings={list(self.paddings)}, bring "
             f"image_size={self.image_size} to 1x1 at the last stage; these give sides {sizes}",
-        )
-        _require(
-            self.decoder_normalization in DECODER_NORMALIZATIONS,
-            "decoder_normalization",
-            self.decoder_normalization,
-            f"one of {DECODER_NORMALIZATIONS}",
         )
         shared = self.share_dictionaries
         _require(shared in (True, False, "last"), "share_dictionaries", shared, "True, False or 'last'")
