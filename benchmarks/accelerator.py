@@ -8,8 +8,8 @@ from bench import Bench, Row
 from torch.utils.flop_counter import FlopCounterMode
 
 from ctrl_csc_hf import CtrlCscConfig, CtrlCscModel
-from ctrl_csc_hf.closed_loop import ClosedLoop, ClosedLoopObjective, player_parameters
-from ctrl_csc_hf.presets import load_preset
+from ctrl_csc_hf.objectives.closed_loop import ClosedLoop, ClosedLoopObjective, player_parameters
+from ctrl_csc_hf.training.presets import load_preset
 
 # Dense bfloat16 operations a second, by the makers' data sheets.
 PEAKS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "A10G": 70e12}

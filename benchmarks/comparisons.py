@@ -24,9 +24,9 @@ from rivals import (
 from torch import Tensor
 
 from ctrl_csc_hf import ConvolutionalSparseCoding, CtrlCscConfig, CtrlCscModel
-from ctrl_csc_hf.closed_loop import ClosedLoop, ClosedLoopObjective, player_parameters
-from ctrl_csc_hf.presets import load_preset
-from ctrl_csc_hf.rate_reduction import multiclass_objective
+from ctrl_csc_hf.objectives.closed_loop import ClosedLoop, ClosedLoopObjective, player_parameters
+from ctrl_csc_hf.objectives.rate_reduction import multiclass_objective
+from ctrl_csc_hf.training.presets import load_preset
 
 # (C_signal, C_code, side of the signal) of the stages of the CIFAR-10 net; k = 4, stride 2, padding 1
 STAGES = [(3, 64, 32), (64, 128, 16), (128, 256, 8)]

@@ -10,7 +10,6 @@ Published on CBSD68: CBM3D 33.5, 30.7 and 27.4, CDnCNN 33.9, 31.2 and 28.0.
 """
 
 import argparse
-import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,12 +19,9 @@ import torch
 from restoration import Restorer, mean_psnr, non_local_means, print_table, total_variation
 from torch import Tensor
 
-sys.path.append(str(Path(__file__).resolve().parents[1] / "training"))
-
-from data import ImageSource, as_rgb, load_images
-
 from ctrl_csc_hf import CtrlCscDenoiser
-from ctrl_csc_hf.encoding import draw_images
+from ctrl_csc_hf.latents.encoding import draw_images
+from ctrl_csc_hf.training.data import ImageSource, as_rgb, load_images
 
 LEVELS = (15, 25, 50)  # of 255
 TUNING_IMAGES, TUNING_SIDE = 12, 128  # of photographs, their middles
@@ -39,7 +35,7 @@ def read(dataset: str, split: str, count: int | None) -> list[Tensor]:
 
 
 def with_noise(images: Sequence[Tensor], level: int) -> list[Tensor]:
-    """The same noise as in training/denoiser.py."""
+    """The same noise as in its training."""
     noisy = []
     for index, image in enumerate(images):
         generator = torch.Generator().manual_seed(1000 * level + index)

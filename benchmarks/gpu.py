@@ -28,25 +28,24 @@ from typing import Any, TypeAlias
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "src"))  # rather than what is installed, if anything
-sys.path.append(str(Path(__file__).resolve().parents[1] / "training"))
 import torch._functorch.config as functorch_config
 from accelerator import PEAKS
-from ema import CALIBRATION_IMAGES, evaluated_model, held_out_figures, recompute_statistics
 from packed import check_packed, pack, read_pixels, to_pixel_values
-from phases import Phases
 from rivals import two_phase_step, with_plain_stages
-from settings import ENCODERS, TrainingSettings
-from steps import EAGER_CALLS, REFINED_STEPS, StepFigures
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 from transformers import AutoModel
-from warmup import invert_encoder, principal_directions
 
 from ctrl_csc_hf import CtrlCscImageProcessor, CtrlCscModel
-from ctrl_csc_hf.closed_loop import player_parameters
 from ctrl_csc_hf.metrics import FrechetDistance, KernelDistance, VisionFeatures
-from ctrl_csc_hf.presets import load_preset
+from ctrl_csc_hf.objectives.closed_loop import player_parameters
+from ctrl_csc_hf.training.ema import CALIBRATION_IMAGES, evaluated_model, held_out_figures, recompute_statistics
+from ctrl_csc_hf.training.phases import Phases
+from ctrl_csc_hf.training.presets import load_preset
+from ctrl_csc_hf.training.settings import ENCODERS, TrainingSettings
+from ctrl_csc_hf.training.steps import EAGER_CALLS, REFINED_STEPS, StepFigures
+from ctrl_csc_hf.training.warmup import invert_encoder, principal_directions
 
 ROOT = Path(__file__).resolve().parents[1]
 Figures: TypeAlias = dict[str, Any]  # of a row, by name; a row's function fills it, so what it had stays if it fails

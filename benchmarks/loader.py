@@ -4,7 +4,6 @@ The rival is what a script of `datasets` and PIL does: the shuffled stream decod
 centre cut out, and a DataLoader stacks them. Both run in one process on one core, without augmentation.
 """
 
-import sys
 from collections.abc import Callable, Iterator
 from io import BytesIO
 from pathlib import Path
@@ -16,10 +15,8 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader, IterableDataset
 
-sys.path.append(str(Path(__file__).parents[1] / "training"))
-
-from data import ImageSource, load_images
-from stream import ImageLoader, ImageStream
+from ctrl_csc_hf.training.data import ImageSource, load_images
+from ctrl_csc_hf.training.stream import ImageLoader, ImageStream
 
 PHOTOGRAPHS = ("astronaut", "chelsea", "coffee", "rocket", "cat")
 WIDTH, HEIGHT, QUALITY = 500, 375, 95  # some 80 kB each

@@ -8,8 +8,8 @@ by the tensors that autograd saves; they grow with the batch, and so are given p
 import torch
 
 from ctrl_csc_hf import CtrlCscConfig, CtrlCscModel
-from ctrl_csc_hf.closed_loop import ClosedLoop, ClosedLoopObjective, player_parameters
-from ctrl_csc_hf.presets import load_preset
+from ctrl_csc_hf.objectives.closed_loop import ClosedLoop, ClosedLoopObjective, player_parameters
+from ctrl_csc_hf.training.presets import load_preset
 
 PRESETS = ("cifar10", "imagenet64", "imagenet128")
 COPIES = 5  # weights, gradients, two moments, average

@@ -32,9 +32,8 @@ def pack(dataset: str, splits: dict[str, str], half: int | None, output: Path) -
     Raises:
         ValueError: for an image that cannot be read.
     """
-    from data import ImageSource, load_images
-
-    from ctrl_csc_hf.encoding import find_columns, image_bytes, load_image, name_of
+    from ctrl_csc_hf.latents.encoding import find_columns, image_bytes, load_image, name_of
+    from ctrl_csc_hf.training.data import ImageSource, load_images
 
     tensors, metadata = {}, {}
     for part, split in splits.items():

@@ -8,7 +8,6 @@ noise level. Others are measured. Everything of ours that has a public call is m
 
 import argparse
 import copy
-import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
 from io import BytesIO
@@ -23,13 +22,17 @@ from torch import Tensor
 from transformers import AutoModel
 
 from ctrl_csc_hf import CtrlCscDenoiser, CtrlCscImageProcessor, CtrlCscModel, CtrlCscPipeline
-from ctrl_csc_hf.encoding import find_columns
-from ctrl_csc_hf.restoration import DENOISING_ITERATIONS, NOISE_LEVELS, denoise, denoising_sparsity, explain, psnr
-
-sys.path.append(str(Path(__file__).parents[1] / "training"))
-
-import baselines  # noqa: F401  # registers its models for AutoModel
-from data import ImageSource, load_images, take_images
+from ctrl_csc_hf.latents.encoding import find_columns
+from ctrl_csc_hf.models.restoration import (
+    DENOISING_ITERATIONS,
+    NOISE_LEVELS,
+    denoise,
+    denoising_sparsity,
+    explain,
+    psnr,
+)
+from ctrl_csc_hf.training import baselines  # noqa: F401  # registers its models for AutoModel
+from ctrl_csc_hf.training.data import ImageSource, load_images, take_images
 
 CALIBRATION_IMAGES = 64
 SHOWN_LEVEL, SHOWN_IMAGES = 0.2, 8

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ctrl_csc_hf import ConvolutionalSparseCoding, CtrlCscModel
-from ctrl_csc_hf.closed_loop import ClosedLoopObjective
+from ctrl_csc_hf.objectives.closed_loop import ClosedLoopObjective
 
 STEP_FACTOR = 0.9  # of 1 / |A|^2, as SDNet's
 

@@ -24,13 +24,13 @@ from torch import Tensor
 from transformers import AutoModel, HfArgumentParser
 
 from ctrl_csc_hf import CtrlCscImageProcessor, CtrlCscModel, CtrlCscPipeline
-from ctrl_csc_hf.encoding import EncodedBatch, encode_dataset, find_data
-from ctrl_csc_hf.fitting import fit_sampler
+from ctrl_csc_hf.latents.encoding import EncodedBatch, encode_dataset, find_data
+from ctrl_csc_hf.latents.fitting import fit_sampler
+from ctrl_csc_hf.latents.neighbours import nearest_images, neighbours_figure
+from ctrl_csc_hf.latents.segmentation import coding_length, k_means, segment
+from ctrl_csc_hf.latents.subspace import ClassMoments, NearestSubspace
 from ctrl_csc_hf.metrics import FeatureMoments, frechet_distance
-from ctrl_csc_hf.neighbours import nearest_images, neighbours_figure
-from ctrl_csc_hf.sampling import LatentSampler
-from ctrl_csc_hf.segmentation import coding_length, k_means, segment
-from ctrl_csc_hf.subspace import ClassMoments, NearestSubspace
+from ctrl_csc_hf.models.sampling import LatentSampler
 
 BATCH_SIZE = 250
 SHOWN = 10  # images a row
@@ -255,7 +255,7 @@ def precision(train: dict[str, Tensor], test: dict[str, Tensor]) -> float:
 
 
 def nearest_rows(latents: Tensor, queries: Tensor, k: int) -> Tensor:
-    """As `ctrl_csc_hf.retrieval` finds them, whose index would encode the data set once more."""
+    """As `ctrl_csc_hf.latents.retrieval` finds them, whose index would encode the data set once more."""
     return (queries @ latents.T).topk(k).indices
 
 

@@ -19,13 +19,11 @@ from typing import Any
 
 import torch
 
-sys.path.append(str(Path(__file__).parents[1] / "training"))
-from steps import make_adam
-from warmup import Descent, deconvolution_error
-
 from ctrl_csc_hf import CtrlCscConfig, CtrlCscModel
-from ctrl_csc_hf.closed_loop import ClosedLoop, ClosedLoopObjective, player_parameters
-from ctrl_csc_hf.presets import load_preset
+from ctrl_csc_hf.objectives.closed_loop import ClosedLoop, ClosedLoopObjective, player_parameters
+from ctrl_csc_hf.training.presets import load_preset
+from ctrl_csc_hf.training.steps import make_adam
+from ctrl_csc_hf.training.warmup import Descent, deconvolution_error
 
 ROOT = Path(__file__).parents[1]
 AGAINST = [("cifar10", 64), ("imagenet64", 16), ("imagenet128", 4)]  # preset, batch
@@ -33,7 +31,7 @@ AGAINST = [("cifar10", 64), ("imagenet64", 16), ("imagenet128", 4)]  # preset, b
 WORKER = """
 import sys, time
 root, preset, batch = sys.argv[1:]
-sys.path[:0] = [f"{root}/src", f"{root}/benchmarks", f"{root}/training"]
+sys.path[:0] = [f"{root}/src", f"{root}/benchmarks"]
 import torch
 from ctrl_csc_hf import CtrlCscConfig, CtrlCscModel
 from step_times import steps_of

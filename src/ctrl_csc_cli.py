@@ -11,7 +11,7 @@ import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from importlib import metadata
+from importlib import import_module, metadata
 from itertools import islice
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -78,6 +78,30 @@ def main(
     """CTRL-CSC: images as a multi-stage sparse deconvolution."""
 
 
+# The flags are those of the program, which reads and lists them itself.
+PASSED_ON = {"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []}
+
+
+@app.command(context_settings=PASSED_ON)
+def train(context: typer.Context) -> None:
+    """Trains a model; --help lists the settings. On several GPUs: accelerate launch -m ctrl_csc_hf.training.train"""
+    _launch("train", context.args)
+
+
+@app.command(context_settings=PASSED_ON)
+def evaluate(context: typer.Context) -> None:
+    """Measures a model on held-out images, beside PCA and other models; --help lists the settings."""
+    _launch("evaluate", context.args)
+
+
+def _launch(program: str, arguments: list[str]) -> None:
+    try:
+        module = import_module(f"ctrl_csc_hf.training.{program}")
+    except ModuleNotFoundError as error:
+        _stop(f"{program} needs {error.name}: pip install ctrl-csc-hf[train]")
+    module.launch(arguments)
+
+
 @app.command()
 def reconstruct(
     images: Annotated[list[Path], typer.Argument(help="Image files.", exists=True, dir_okay=False)],
@@ -90,8 +114,8 @@ def reconstruct(
     import torch
     from tqdm.auto import tqdm
 
+    from ctrl_csc_hf.inspection.visualization import reconstruction_grid
     from ctrl_csc_hf.metrics import peak_signal_to_noise_ratio
-    from ctrl_csc_hf.visualization import reconstruction_grid
 
     loaded, processor = _load_model(model), _load_image_processor(model)
     paths = tqdm(images, desc="images read", disable=len(images) == 1)
@@ -141,7 +165,13 @@ def inspect(
         import torch
         from tqdm.auto import tqdm
 
-        from ctrl_csc_hf.report import Picture, dictionary_pictures, html_report, image_pictures, latent_pictures
+        from ctrl_csc_hf.inspection.report import (
+            Picture,
+            dictionary_pictures,
+            html_report,
+            image_pictures,
+            latent_pictures,
+        )
     except ModuleNotFoundError as error:
         _stop(f"inspect needs {error.name}: pip install ctrl-csc-hf[inspect]")
     loaded, processor = _load_model(model).float(), _load_image_processor(model)
@@ -154,7 +184,7 @@ def inspect(
     many, labels, class_names = torch.cat(photos) if photos else None, None, None
     if dataset_name is not None:
         many, labels, class_names = _sample(dataset_name, split, image_column, label_column, num_images, processor)
-        from ctrl_csc_hf.encoding import check_output
+        from ctrl_csc_hf.latents.encoding import check_output
 
         try:
             check_output(output, dataset_name)
@@ -217,15 +247,15 @@ def publish(
     folder = _local_folder(model, "the checkpoint is read")
     from huggingface_hub import constants
 
-    from ctrl_csc_hf import hub
+    from ctrl_csc_hf.hub import publishing
 
     loaded = _load_model(model)
     try:
         if dry_run is not None:
-            hub.export(loaded, dry_run, repo_id=repo_id, checkpoint=folder, license=license, half=half)
+            publishing.export(loaded, dry_run, repo_id=repo_id, checkpoint=folder, license=license, half=half)
             typer.echo(f"Written, not uploaded: {dry_run}")
         else:
-            typer.echo(f"Published: {hub.publish(folder, repo_id, private=private, license=license, half=half)}")
+            typer.echo(f"Published: {publishing.publish(folder, repo_id, private=private, license=license, half=half)}")
     except (OSError, ValueError) as error:  # what the Hub refuses is an OSError
         _stop(str(error))
     except _http_error() as error:
@@ -250,9 +280,9 @@ def fit_sampler(
     """
     folder = _local_folder(model, "the sampler is written")
     try:
-        from ctrl_csc_hf import hub
-        from ctrl_csc_hf.encoding import encode_dataset
-        from ctrl_csc_hf.fitting import fit_sampler as fit
+        from ctrl_csc_hf.hub import publishing
+        from ctrl_csc_hf.latents.encoding import encode_dataset
+        from ctrl_csc_hf.latents.fitting import fit_sampler as fit
     except ModuleNotFoundError as error:
         _stop(f"fit-sampler needs {error.name}: pip install ctrl-csc-hf[train]")
     loaded, processor = _load_model(model), _load_image_processor(model)
@@ -273,7 +303,7 @@ def fit_sampler(
     except (OSError, ValueError) as error:
         _stop(str(error))
     with _written(folder, "--model"):
-        hub.save_sampler(folder, sampler)
+        publishing.save_sampler(folder, sampler)
         if sampler.labels is not None:
             id2label = dict(enumerate(names)) if names else {label: str(label) for label in sampler.labels.tolist()}
             loaded.config.id2label = id2label
@@ -284,7 +314,7 @@ def fit_sampler(
     kind = "groups" if sampler.labels is None else "classes"
     ranks = f"{min(sampler.ranks)} to {max(sampler.ranks)} of {sampler.means.shape[1]} directions"
     typer.echo(f"Components: {len(sampler.ranks)} {kind}, of {ranks}")
-    typer.echo(f"Sampler: {folder / hub.SAMPLER}")
+    typer.echo(f"Sampler: {folder / publishing.SAMPLER}")
 
 
 @app.command()
@@ -293,22 +323,23 @@ def demo(
     port: Annotated[int, typer.Option(help="Local port of the web page.", min=1, max=65535)] = 7860,
 ) -> None:
     """Starts the page of the Space spaces/ctrl-csc on a model: what is inside it, and what it makes of images."""
-    from ctrl_csc_hf import hub
+    import ctrl_csc_hf
+    from ctrl_csc_hf.models.repository_ctrl_csc import SAMPLER
 
     # An installed package has the Space beside its modules, an editable one in the repository.
-    package = Path(hub.__file__).parent
+    package = Path(ctrl_csc_hf.__file__).parent
     spaces = (package / "space", package.parents[1] / "spaces" / "ctrl-csc")
     loaded, processor = _load_model(model), _load_image_processor(model)
     try:
         build = runpy.run_path(str(next(space for space in spaces if space.is_dir()) / "app.py"))["build"]
         from ctrl_csc_hf import CtrlCscPipeline
-        from ctrl_csc_hf.sampling import LatentSampler
+        from ctrl_csc_hf.models.sampling import LatentSampler
     except ModuleNotFoundError as error:
         _stop(f"the demo needs {error.name}: pip install ctrl-csc-hf[demo]")
 
     folder = _folder(model)
     examples = sorted(str(path) for path in folder.glob("examples/*.png"))
-    sampler = LatentSampler.from_pretrained(folder / hub.SAMPLER) if (folder / hub.SAMPLER).is_dir() else None
+    sampler = LatentSampler.from_pretrained(folder / SAMPLER) if (folder / SAMPLER).is_dir() else None
     page = build(CtrlCscPipeline(loaded, processor, sampler), examples)
     try:
         page.launch(
@@ -348,7 +379,7 @@ def _load_model(path_or_repository: str) -> "CtrlCscModel":
     from transformers import AutoModel
 
     from ctrl_csc_hf import CtrlCscModel
-    from ctrl_csc_hf.records import DAMAGED
+    from ctrl_csc_hf.hub.records import DAMAGED
 
     try:
         model = AutoModel.from_pretrained(path_or_repository, trust_remote_code=False)
@@ -383,7 +414,7 @@ def _folder(path_or_repository: str) -> Path:
 
 def _load_image_processor(path_or_repository: str) -> "CtrlCscImageProcessor":
     from ctrl_csc_hf import CtrlCscImageProcessor
-    from ctrl_csc_hf.records import DAMAGED
+    from ctrl_csc_hf.hub.records import DAMAGED
 
     try:
         return CtrlCscImageProcessor.from_pretrained(path_or_repository)
@@ -415,7 +446,7 @@ def _open_dataset(
     """The columns of a split's images and labels, undecoded, and their names."""
     import datasets
 
-    from ctrl_csc_hf.encoding import find_data, undecoded
+    from ctrl_csc_hf.latents.encoding import find_data, undecoded
 
     try:
         source = find_data(name)
@@ -446,7 +477,7 @@ def _sample(
     try:
         import torch
 
-        from ctrl_csc_hf.encoding import draw_images, open_image
+        from ctrl_csc_hf.latents.encoding import draw_images, open_image
     except ModuleNotFoundError as error:
         _stop(f"--dataset_name needs {error.name}: pip install ctrl-csc-hf[inspect]")
 

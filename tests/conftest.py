@@ -1,13 +1,10 @@
 """What several test files need: the training scripts on the path, tiny image folders, a run of train.py."""
 
-import importlib.util
 import os
 import signal
-import sys
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -15,7 +12,6 @@ import pytest
 from PIL import Image
 
 TRAINING = Path(__file__).parents[1] / "training"
-sys.path.append(str(TRAINING))  # at the end, lest evaluate.py and data.py hide packages of these names
 
 # A command of a test is interrupted as in a terminal, also where the shell that began the tests ignores Ctrl-C.
 signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -44,16 +40,6 @@ training:
   lr_scheduler: constant
   report_to: none
 """
-
-
-def load_script(name: str) -> ModuleType:
-    """training/NAME.py as a module, also where a package of that name is installed."""
-    spec = importlib.util.spec_from_file_location(f"training_{name}", TRAINING / f"{name}.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[module.__name__] = module  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    return module
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -123,8 +109,9 @@ def train(tiny_preset: Path, image_folder: Path, tmp_path: Path) -> Callable[...
     for needed in ("accelerate", "datasets"):  # which tests/test_cuda.py may have to do without
         pytest.importorskip(needed)
     from accelerate.state import AcceleratorState
-    from settings import parse_settings
-    from train import main
+
+    from ctrl_csc_hf.training.settings import parse_settings
+    from ctrl_csc_hf.training.train import main
 
     def run(*flags: str, output: str = "model", data: Path = image_folder) -> Path:
         AcceleratorState._reset_state(reset_partial_state=True)

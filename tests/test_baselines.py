@@ -12,17 +12,17 @@ import pytest
 import torch
 import torch.nn.functional as F
 import yaml
-from baselines import ConvolutionalConfig, ConvolutionalModel, SquaredErrorLoop
 from conftest import TRAINING
-from data import ImageSource, load_images, take_images
-from settings import parse_settings
 from sklearn.linear_model import LogisticRegression
 from sklearn.preprocessing import StandardScaler
 from transformers import AutoModel, ResNetConfig, ResNetModel
 
 from ctrl_csc_hf import CtrlCscConfig, CtrlCscModel
-from ctrl_csc_hf.closed_loop import ClosedLoopObjective, player_parameters
-from ctrl_csc_hf.presets import load_preset
+from ctrl_csc_hf.objectives.closed_loop import ClosedLoopObjective, player_parameters
+from ctrl_csc_hf.training.baselines import ConvolutionalConfig, ConvolutionalModel, SquaredErrorLoop
+from ctrl_csc_hf.training.data import ImageSource, load_images, take_images
+from ctrl_csc_hf.training.presets import load_preset
+from ctrl_csc_hf.training.settings import parse_settings
 
 SHAPE = {
     "image_size": 16,

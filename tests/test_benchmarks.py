@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from transformers import AutoModel
 
 from ctrl_csc_hf import ConvolutionalSparseCoding, CtrlCscConfig, CtrlCscModel
-from ctrl_csc_hf.closed_loop import ClosedLoop, ClosedLoopObjective, player_parameters
+from ctrl_csc_hf.objectives.closed_loop import ClosedLoop, ClosedLoopObjective, player_parameters
 
 sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
 
@@ -43,7 +43,7 @@ def test_step_times_prints_a_row_for_each_net_and_batch(monkeypatch, capsys):
 
 def test_a_timed_step_of_the_fit_lowers_the_error_and_one_of_the_game_moves_the_players():
     step_times = importlib.import_module("step_times")
-    from warmup import deconvolution_error
+    from ctrl_csc_hf.training.warmup import deconvolution_error
 
     torch.manual_seed(0)
     sizes = {"image_size": 16, "kernel_sizes": [4, 4, 4], "strides": [2, 2, 1], "paddings": [1, 1, 0]}

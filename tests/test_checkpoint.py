@@ -9,7 +9,7 @@ from PIL import Image
 from transformers import AutoModel
 
 from ctrl_csc_hf import CtrlCscPipeline
-from ctrl_csc_hf.hub import export
+from ctrl_csc_hf.hub.publishing import export
 from ctrl_csc_hf.metrics import peak_signal_to_noise_ratio
 
 FOLDER = Path(__file__).parents[1] / "checkpoints"
@@ -71,7 +71,7 @@ def test_it_reconstructs_denoises_completes_and_samples() -> None:
 
 @with_each
 def test_its_figures_come_out_again(checkpoint: Path, cifar10: str) -> None:
-    from data import ImageSource, load_images, take_images
+    from ctrl_csc_hf.training.data import ImageSource, load_images, take_images
 
     source = ImageSource(dataset_name=cifar10, split="test", streaming=True, label_column=None)
     images = take_images(load_images(source), 500, image_column="image", image_size=32)

@@ -21,9 +21,9 @@ from typer.testing import CliRunner
 
 from ctrl_csc_cli import app
 from ctrl_csc_hf import CtrlCscConfig, CtrlCscImageProcessor, CtrlCscModel, CtrlCscPipeline
-from ctrl_csc_hf.encoding import encode_dataset
-from ctrl_csc_hf.fitting import fit_sampler
-from ctrl_csc_hf.sampling import LatentSampler
+from ctrl_csc_hf.latents.encoding import encode_dataset
+from ctrl_csc_hf.latents.fitting import fit_sampler
+from ctrl_csc_hf.models.sampling import LatentSampler
 
 
 @pytest.fixture(scope="module")

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from collapse import COLLAPSED, CollapseWatch, largest_rate
 
 from ctrl_csc_hf import coding_rate
+from ctrl_csc_hf.training.collapse import COLLAPSED, CollapseWatch, largest_rate
 
 
 @pytest.mark.parametrize(("count", "dim"), [(8, 16), (16, 16), (64, 16)])

@@ -5,18 +5,19 @@ skipped where these are missing.
 """
 
 import copy
+import importlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from conftest import load_script, random_image
+from conftest import random_image
 from safetensors.torch import load_file
 from torch import Tensor
 
 from ctrl_csc_hf import CtrlCscConfig, CtrlCscImageProcessor, CtrlCscModel
-from ctrl_csc_hf.closed_loop import ClosedLoop, ClosedLoopObjective, player_parameters
+from ctrl_csc_hf.objectives.closed_loop import ClosedLoop, ClosedLoopObjective, player_parameters
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
@@ -64,8 +65,8 @@ def test_the_loop_has_the_same_figures_and_gradients(objective: str) -> None:
 
 def phases_of(model: CtrlCscModel, *graphs: str) -> Any:
     """The steps that benchmarks/gpu.py trains by: ten of each phase, whose learning rates fall."""
-    from phases import Phases
-    from settings import TrainingSettings
+    from ctrl_csc_hf.training.phases import Phases
+    from ctrl_csc_hf.training.settings import TrainingSettings
 
     settings = TrainingSettings(
         dataset_name="none",
@@ -148,7 +149,7 @@ def test_evaluation_runs_to_its_end(train: Train, image_folder: Path, tmp_path: 
 
     model = train("--objective", "multi")
     squared_error = train("--loop", "squared_error", output="squared_error")
-    evaluate = load_script("evaluate")
+    evaluate = importlib.import_module("ctrl_csc_hf.training.evaluate")
     kl = autoencoder_of_diffusers(tmp_path / "kl")
     results = evaluate.main(
         evaluate.EvaluationSettings(
@@ -177,8 +178,8 @@ def test_the_pipeline_gives_the_same() -> None:
     datasets = pytest.importorskip("datasets")
     pytest.importorskip("diffusers")
     from ctrl_csc_hf import CtrlCscPipeline
-    from ctrl_csc_hf.encoding import encode_dataset
-    from ctrl_csc_hf.fitting import fit_sampler
+    from ctrl_csc_hf.latents.encoding import encode_dataset
+    from ctrl_csc_hf.latents.fitting import fit_sampler
 
     images = [random_image(index, (16, 16)) for index in range(6)]
     processor = CtrlCscImageProcessor(image_size=16)

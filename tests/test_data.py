@@ -12,7 +12,12 @@ import pyarrow as pa
 import pytest
 import torch
 from conftest import BROKEN, NUM_IMAGES, READABLE, SIZE, encoded, random_image
-from data import (
+from PIL import Image, ImageOps
+
+from ctrl_csc_hf import CtrlCscConfig, CtrlCscImageProcessor, CtrlCscModel
+from ctrl_csc_hf.latents import encoding
+from ctrl_csc_hf.latents.encoding import ImageDataset, encode_dataset, find_columns, find_data
+from ctrl_csc_hf.training.data import (
     ImageSource,
     decode,
     hold_out,
@@ -23,11 +28,7 @@ from data import (
     take_images,
     to_pixel_values,
 )
-from PIL import Image, ImageOps
-from stream import ImageLoader, ImageStream
-
-from ctrl_csc_hf import CtrlCscConfig, CtrlCscImageProcessor, CtrlCscModel, encoding
-from ctrl_csc_hf.encoding import ImageDataset, encode_dataset, find_columns, find_data
+from ctrl_csc_hf.training.stream import ImageLoader, ImageStream
 
 
 @pytest.fixture(scope="module")

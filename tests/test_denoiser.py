@@ -25,10 +25,8 @@ from ctrl_csc_hf import (
     CtrlCscImageProcessor,
     CtrlCscModel,
     CtrlCscPipeline,
-    denoiser_ctrl_csc,
 )
-
-sys.path.append(str(Path(__file__).parents[1] / "training"))
+from ctrl_csc_hf.models import denoiser_ctrl_csc
 
 
 def a_denoiser(iterations: int = 3, dictionaries: int = 1, atoms: int = 8) -> CtrlCscDenoiser:
@@ -292,7 +290,7 @@ def test_exported_to_onnx_it_takes_any_number_of_images_of_any_size(tmp_path):
 
 
 def test_its_training_packs_photographs_and_leaves_a_denoiser_and_its_figures(tmp_path, capsys):
-    training = importlib.import_module("denoiser")
+    training = importlib.import_module("ctrl_csc_hf.training.denoiser")
     for split, count in (("train", 6), ("test", 2)):
         for index in range(count):
             path = tmp_path / "images" / split / f"{index}.{'png' if index % 2 else 'jpg'}"
@@ -319,7 +317,7 @@ def test_its_training_packs_photographs_and_leaves_a_denoiser_and_its_figures(tm
 def test_16_bits_and_hidden_colours_are_packed_as_the_processor_sees_them_and_unreadable_images_are_left_out(
     tmp_path, caplog
 ):
-    training = importlib.import_module("denoiser")
+    training = importlib.import_module("ctrl_csc_hf.training.denoiser")
     for split in ("train", "test"):
         folder = tmp_path / "images" / split
         folder.mkdir(parents=True)
@@ -335,7 +333,7 @@ def test_16_bits_and_hidden_colours_are_packed_as_the_processor_sees_them_and_un
 
 def test_photographs_are_drawn_from_a_whole_split(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "benchmarks"))
-    training, benchmark = importlib.import_module("denoiser"), importlib.import_module("denoising")
+    training, benchmark = importlib.import_module("ctrl_csc_hf.training.denoiser"), importlib.import_module("denoising")
     for index in range(40):
         path = tmp_path / "images" / ("test" if index % 2 else "train") / f"{index:02d}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -351,7 +349,7 @@ def test_photographs_are_drawn_from_a_whole_split(tmp_path, monkeypatch):
 
 
 def test_what_its_training_cannot_use_is_named(tmp_path):
-    training = importlib.import_module("denoiser")
+    training = importlib.import_module("ctrl_csc_hf.training.denoiser")
     for index in range(3):
         path = tmp_path / "images" / "train" / f"{index}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -379,7 +377,7 @@ def test_what_its_training_cannot_use_is_named(tmp_path):
 
 
 def test_a_card_and_figures_of_other_weights_do_not_stay_beside_new_ones(tmp_path):
-    training, denoiser = importlib.import_module("denoiser"), a_denoiser()
+    training, denoiser = importlib.import_module("ctrl_csc_hf.training.denoiser"), a_denoiser()
     shutil.copytree(Path(__file__).parents[1] / "checkpoints" / "ctrl-csc-denoiser", tmp_path / "model")
     training.save(denoiser, denoiser.state_dict(), tmp_path / "model")
     assert {path.name for path in (tmp_path / "model").iterdir()} == {
@@ -406,7 +404,7 @@ def test_its_benchmark_prints_a_table(tmp_path, capsys, monkeypatch):
 
 
 def test_crops_are_pieces_of_photographs_in_all_eight_positions():
-    training = importlib.import_module("denoiser")
+    training = importlib.import_module("ctrl_csc_hf.training.denoiser")
     rows, columns = torch.meshgrid(torch.arange(20), torch.arange(30), indexing="ij")
     ramp = torch.stack([rows, columns, torch.zeros_like(rows)]).to(torch.uint8)
     torch.manual_seed(0)

@@ -8,7 +8,8 @@ import torch
 from huggingface_hub import ModelCard
 from transformers import AutoModel
 
-from ctrl_csc_hf import CtrlCscDenoiser, denoiser_ctrl_csc
+from ctrl_csc_hf import CtrlCscDenoiser
+from ctrl_csc_hf.models import denoiser_ctrl_csc
 
 CHECKPOINT = Path(__file__).parents[1] / "checkpoints" / "ctrl-csc-denoiser"
 

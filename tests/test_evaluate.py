@@ -1,5 +1,6 @@
 """training/evaluate.py against scikit-learn's PCA and the definitions, and the rivals it measures."""
 
+import importlib
 import json
 from collections.abc import Callable
 from itertools import product
@@ -11,7 +12,7 @@ import datasets
 import numpy as np
 import pytest
 import torch
-from conftest import load_script, random_image
+from conftest import random_image
 from PIL import Image
 from sklearn.decomposition import PCA
 from transformers import (
@@ -27,7 +28,7 @@ from ctrl_csc_hf.metrics import VisionFeatures
 
 @pytest.fixture
 def evaluate() -> ModuleType:
-    return load_script("evaluate")
+    return importlib.import_module("ctrl_csc_hf.training.evaluate")
 
 
 @pytest.fixture
@@ -163,7 +164,7 @@ def test_images_without_labels_are_measured_too(
 def test_the_nearest_training_images_of_training_images_are_themselves(
     evaluate: ModuleType, settings: Callable[..., Any], train: Callable[..., Path]
 ) -> None:
-    from autoencoders import autoencoder, load_model
+    from ctrl_csc_hf.training.autoencoders import autoencoder, load_model
 
     model = train("--max_train_steps", "1")
     ours = autoencoder(load_model(str(model), "cpu"))
@@ -390,7 +391,7 @@ def test_a_damaged_record_is_named_with_what_to_do(evaluate: ModuleType, content
 def test_any_integers_are_classes_and_what_cannot_be_probed_is_told(
     training: list[int | None], test: list[int | None] | None, reason: str | None
 ) -> None:
-    from data import number_classes
+    from ctrl_csc_hf.training.data import number_classes
 
     test = test or training
     if reason is not None:
@@ -439,7 +440,7 @@ def test_a_rival_without_a_name_of_its_own_is_refused(
 
 
 def test_what_is_no_autoencoder_is_refused(tmp_path: Path) -> None:
-    from autoencoders import diffusers_autoencoder, load_model
+    from ctrl_csc_hf.training.autoencoders import diffusers_autoencoder, load_model
 
     with pytest.raises(ValueError, match=r"must hold a model of train\.py, got ResNet"):
         load_model(classifier(tmp_path / "resnet"), "cpu")

@@ -25,8 +25,8 @@ from test_halves import trained_model
 from test_hub import WITHOUT_THE_PACKAGE
 
 from ctrl_csc_hf import CtrlCscImageProcessor, CtrlCscModel
-from ctrl_csc_hf.hub import export
-from ctrl_csc_hf.image_processing_ctrl_csc import MOST_PIXELS
+from ctrl_csc_hf.hub.publishing import export
+from ctrl_csc_hf.models.image_processing_ctrl_csc import MOST_PIXELS
 
 
 def encoded(image: Image.Image, form: str = "PNG", **options: Any) -> bytes:

@@ -21,8 +21,8 @@ from safetensors.torch import load_file, save_file
 from test_halves import trained_model
 
 from ctrl_csc_hf import CtrlCscDecoder, CtrlCscEncoder, CtrlCscImageProcessor, CtrlCscModel
-from ctrl_csc_hf.hub import export
-from ctrl_csc_hf.sampling import LatentSampler
+from ctrl_csc_hf.hub.publishing import export
+from ctrl_csc_hf.models.sampling import LatentSampler
 
 needs_downloaded_code = pytest.mark.skipif(
     Version(transformers.__version__) < Version("5.13"),
@@ -150,7 +150,7 @@ def a_checkpoint(folder: Path, model: CtrlCscModel, examples: int = 2) -> Path:
 def test_the_same_checkpoint_gives_the_same_bytes_in_every_process(tmp_path: Path) -> None:
     checkpoint = a_checkpoint(tmp_path / "checkpoint", trained_model(True))
     code = (
-        "import sys; from ctrl_csc_hf import CtrlCscModel; from ctrl_csc_hf.hub import export; "
+        "import sys; from ctrl_csc_hf import CtrlCscModel; from ctrl_csc_hf.hub.publishing import export; "
         "export(CtrlCscModel.from_pretrained(sys.argv[1]), sys.argv[2], checkpoint=sys.argv[1])"
     )
     for name, seed in (("first", "1"), ("second", "2")):
@@ -408,7 +408,7 @@ def test_a_name_alone_is_the_accounts_and_the_card_tells_it_whole(tmp_path: Path
 
 TERMS_OF = """
 import sys
-from ctrl_csc_hf.hub import publication_terms
+from ctrl_csc_hf.hub.publishing import publication_terms
 for arguments in eval(sys.argv[1]):
     try:
         print(publication_terms(*arguments))

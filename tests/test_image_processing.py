@@ -16,8 +16,8 @@ import torch
 import transformers
 from PIL import Image, ImageOps
 
-from ctrl_csc_hf import image_processing_ctrl_csc
-from ctrl_csc_hf.image_processing_ctrl_csc import CtrlCscImageProcessor, check_sides
+from ctrl_csc_hf.models import image_processing_ctrl_csc
+from ctrl_csc_hf.models.image_processing_ctrl_csc import CtrlCscImageProcessor, check_sides
 
 SIZE = 16
 RNG = np.random.default_rng(0)

@@ -16,8 +16,9 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from ctrl_csc_cli import app
-from ctrl_csc_hf import CtrlCscConfig, CtrlCscImageProcessor, CtrlCscModel, anatomy
-from ctrl_csc_hf.visualization import atom_atlas, correlation_map, region_maps
+from ctrl_csc_hf import CtrlCscConfig, CtrlCscImageProcessor, CtrlCscModel
+from ctrl_csc_hf.inspection import anatomy
+from ctrl_csc_hf.inspection.visualization import atom_atlas, correlation_map, region_maps
 
 CONFIG = {
     "image_size": 16,

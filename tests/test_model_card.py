@@ -21,10 +21,10 @@ from test_halves import trained_model
 from test_hub import WITHOUT_THE_PACKAGE, needs_downloaded_code, publish
 
 from ctrl_csc_hf import CtrlCscConfig, CtrlCscModel
-from ctrl_csc_hf.hub import export
-from ctrl_csc_hf.model_card import MODEL_CARDS, model_card, public_settings
-from ctrl_csc_hf.presets import load_preset
-from ctrl_csc_hf.visualization import architecture_figure
+from ctrl_csc_hf.hub.model_card import MODEL_CARDS, model_card, public_settings
+from ctrl_csc_hf.hub.publishing import export
+from ctrl_csc_hf.inspection.visualization import architecture_figure
+from ctrl_csc_hf.training.presets import load_preset
 
 REPOSITORY = "org/ctrl-csc-cifar10"
 CIFAR10 = "uoft-cs/cifar10"
@@ -53,7 +53,7 @@ REQUIRED = {"task": {"type"}, "dataset": {"type", "name"}, "metrics": {"type", "
 @pytest.fixture
 def checkpoint(tmp_path: Path) -> Path:
     """What train.py leaves of a run on CIFAR-10."""
-    from settings import parse_settings
+    from ctrl_csc_hf.training.settings import parse_settings
 
     folder = tmp_path / "checkpoint"
     (folder / "examples").mkdir(parents=True)
@@ -400,7 +400,7 @@ def test_the_figure_of_the_form_is_that_of_its_model() -> None:
 def imagenet_form(folder: Path) -> str:
     """The card of the preset imagenet64 before anybody has trained it."""
     preset = load_preset("imagenet64")
-    from settings import parse_settings
+    from ctrl_csc_hf.training.settings import parse_settings
 
     settings, _ = parse_settings(["--config", "imagenet64"])
     (folder / "training_args.json").write_text(json.dumps(asdict(settings)), encoding="utf-8")

@@ -15,8 +15,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModel, pipeline
 
 from ctrl_csc_hf import CtrlCscConfig, CtrlCscDecoder, CtrlCscEncoder, CtrlCscImageProcessor, CtrlCscModel
-from ctrl_csc_hf.modeling_ctrl_csc import _unit_vectors
-from ctrl_csc_hf.presets import load_preset, preset_names
+from ctrl_csc_hf.models.modeling_ctrl_csc import _unit_vectors
+from ctrl_csc_hf.training.presets import load_preset, preset_names
 
 CONFIG = {
     "image_size": 8,

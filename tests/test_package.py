@@ -75,7 +75,9 @@ def test_the_wheel_imports_and_runs_readmes_first_block_with_the_core_dependenci
 ) -> None:
     block = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)[0]
     check = f"import sys; assert not [name for name in {EXTRAS_ONLY} if name in sys.modules]"
-    lookup = "import ctrl_csc_hf.presets as p; assert 'cifar10' in p.preset_names(); print(ctrl_csc_hf.__file__)"
+    lookup = (
+        "import ctrl_csc_hf.training.presets as p; assert 'cifar10' in p.preset_names(); print(ctrl_csc_hf.__file__)"
+    )
     where = run(core_python, f"import ctrl_csc_hf\n{check}\n{lookup}", tmp_path)
     assert "core" in where and str(ROOT) not in where
     versions = "import ctrl_csc_hf, ctrl_csc_cli; print(ctrl_csc_hf.__version__); ctrl_csc_cli.app(['--version'])"

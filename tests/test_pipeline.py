@@ -14,8 +14,8 @@ from PIL import Image
 from transformers import AutoModel
 
 from ctrl_csc_hf import CtrlCscConfig, CtrlCscImageProcessor, CtrlCscModel, CtrlCscPipeline
-from ctrl_csc_hf.hub import export
-from ctrl_csc_hf.sampling import LatentSampler
+from ctrl_csc_hf.hub.publishing import export
+from ctrl_csc_hf.models.sampling import LatentSampler
 
 CONFIG = {
     "image_size": 16,
@@ -109,7 +109,7 @@ def test_interpolation_between_equal_images_stays_where_it_is(pipe: CtrlCscPipel
 
 
 def test_opposite_latents_have_no_great_circle() -> None:
-    from ctrl_csc_hf.pipeline_ctrl_csc import great_circle
+    from ctrl_csc_hf.models.pipeline_ctrl_csc import great_circle
 
     start = torch.nn.functional.normalize(torch.randn(1, 8), dim=1)
     with pytest.raises(ValueError, match="opposite latents"):

@@ -6,7 +6,7 @@ import torch
 from torch.autograd import gradcheck
 
 from ctrl_csc_hf import class_rate_reduction, coding_rate, multiclass_objective, rate_reduction
-from ctrl_csc_hf.rate_reduction import class_moments, cosine_distance
+from ctrl_csc_hf.objectives.rate_reduction import class_moments, cosine_distance
 
 SIZES = [(3, 8), (8, 8), (20, 8), (1, 8), (5, 1), (1, 1), (40, 3)]
 

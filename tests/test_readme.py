@@ -3,6 +3,7 @@
 So does the Python of docs/metrics.md.
 """
 
+import importlib
 import os
 import re
 import shlex
@@ -17,7 +18,6 @@ import pytest
 import torch
 from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.commands.launch import launch_command_parser
-from conftest import load_script
 from demo import write_digits
 from hub_server import HubServer
 from PIL import Image
@@ -26,7 +26,7 @@ from typer.main import get_command
 
 from ctrl_csc_cli import app
 from ctrl_csc_hf import CtrlCscConfig, CtrlCscImageProcessor, CtrlCscModel
-from ctrl_csc_hf.sampling import LatentSampler
+from ctrl_csc_hf.models.sampling import LatentSampler
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -146,11 +146,13 @@ def test_training_and_evaluation_commands_run_on_local_copies(folder: Path, cifa
 
 
 def test_commands_in_docs_are_such_commands_with_settings_that_exist() -> None:
-    from settings import parse_settings
+    from ctrl_csc_hf.training.settings import parse_settings
 
     parsers = {
         "train": parse_settings,
-        "evaluate": HfArgumentParser(load_script("evaluate").EvaluationSettings).parse_args,
+        "evaluate": HfArgumentParser(
+            importlib.import_module("ctrl_csc_hf.training.evaluate").EvaluationSettings
+        ).parse_args,
     }
     launches = launch_command_parser()
     described = cache(lambda script: run([sys.executable, str(ROOT / script), "--help"], ROOT).stdout)

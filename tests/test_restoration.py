@@ -18,7 +18,7 @@ from ctrl_csc_hf import (
     CtrlCscModel,
     CtrlCscPipeline,
 )
-from ctrl_csc_hf.restoration import (
+from ctrl_csc_hf.models.restoration import (
     DEFAULT_RATIO,
     RATIOS,
     calibrate_denoising,

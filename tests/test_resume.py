@@ -18,8 +18,9 @@ import psutil
 import pytest
 import torch
 from conftest import TRAINING, random_image
-from run import checkpoints
 from safetensors.torch import load_file
+
+from ctrl_csc_hf.training.run import checkpoints
 
 WORKERS = (0, 2, 1, 3)  # of the loader, another number after each kill
 START = 120  # seconds until the first step, at most

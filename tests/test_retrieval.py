@@ -9,7 +9,7 @@ import torch
 from test_halves import trained_model
 
 from ctrl_csc_hf import CtrlCscImageProcessor, CtrlCscPipeline
-from ctrl_csc_hf.retrieval import ImageIndex, index_images, retrieve
+from ctrl_csc_hf.latents.retrieval import ImageIndex, index_images, retrieve
 
 
 @pytest.fixture(scope="module")

@@ -28,8 +28,9 @@ from test_halves import trained_model
 from test_hub import WITHOUT_THE_PACKAGE, needs_downloaded_code, publish
 from test_readme import COMMANDS
 
-from ctrl_csc_hf import CtrlCscConfig, CtrlCscImageProcessor, CtrlCscModel, CtrlCscPipeline, anatomy
-from ctrl_csc_hf.sampling import LatentSampler
+from ctrl_csc_hf import CtrlCscConfig, CtrlCscImageProcessor, CtrlCscModel, CtrlCscPipeline
+from ctrl_csc_hf.inspection import anatomy
+from ctrl_csc_hf.models.sampling import LatentSampler
 
 SPACE = Path(__file__).parents[1] / "spaces" / "ctrl-csc"
 APP = runpy.run_path(str(SPACE / "app.py"))

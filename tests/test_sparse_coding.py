@@ -11,7 +11,8 @@ import torch
 from sklearn.linear_model import ElasticNet, Lasso
 from torch.autograd import gradcheck
 
-from ctrl_csc_hf import ConvolutionalDictionary, ConvolutionalSparseCoding, sparse_coding
+from ctrl_csc_hf import ConvolutionalDictionary, ConvolutionalSparseCoding
+from ctrl_csc_hf.models import sparse_coding
 
 # (C_signal, C_code, k, stride, padding)
 GEOMETRIES = [(2, 3, 3, 1, 1), (3, 4, 4, 2, 1), (1, 5, 2, 3, 0), (2, 2, 5, 2, 4), (3, 6, 4, 1, 0)]

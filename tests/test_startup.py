@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 from conftest import TRAINING
-from run import one_line_errors
+
+from ctrl_csc_hf.training.run import one_line_errors
 
 
 def run(script: Path, *arguments: str, **variables: str) -> subprocess.CompletedProcess:
@@ -44,7 +45,7 @@ def test_after_the_imports_ctrl_c_is_told_in_one_line(capsys: pytest.CaptureFixt
     assert ended.value.code == 130 and capsys.readouterr().err == "Stopped\n"
 
 
-@pytest.mark.parametrize("name", ["train", "evaluate", "sweep", "demo"])
+@pytest.mark.parametrize("name", ["train", "evaluate", "demo"])
 def test_every_program_begins_with_it(name: str) -> None:
     docstring, rest = (TRAINING / f"{name}.py").read_text(encoding="utf-8").split('"""\n\n', 1)
     assert docstring and rest.startswith('if __name__ == "__main__":\n    import startup')

@@ -6,15 +6,15 @@ from typing import Any
 
 import pytest
 import torch
-from ema import AverageOfWeights
-from steps import StepFigures, make_adam, set_learning_rate
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from warmup import Descent, deconvolution_error, sparse_coding_energy
 
 from ctrl_csc_hf import CtrlCscConfig, CtrlCscModel
-from ctrl_csc_hf.closed_loop import ClosedLoop, ClosedLoopObjective, player_parameters
-from ctrl_csc_hf.presets import load_preset
+from ctrl_csc_hf.objectives.closed_loop import ClosedLoop, ClosedLoopObjective, player_parameters
+from ctrl_csc_hf.training.ema import AverageOfWeights
+from ctrl_csc_hf.training.presets import load_preset
+from ctrl_csc_hf.training.steps import StepFigures, make_adam, set_learning_rate
+from ctrl_csc_hf.training.warmup import Descent, deconvolution_error, sparse_coding_energy
 
 # Operations that read a value, or whose result has a size that depends on one, and the way of Python's values to a
 # device.

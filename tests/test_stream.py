@@ -9,11 +9,12 @@ from pathlib import Path
 
 import datasets
 import pytest
-import stream
 import torch
 from conftest import BROKEN, NUM_IMAGES, READABLE, SIZE, random_image
-from data import ImageDataset, ImageSource, hold_out, load_images
-from stream import ImageLoader, ImageStream, Place
+
+from ctrl_csc_hf.training import stream
+from ctrl_csc_hf.training.data import ImageDataset, ImageSource, hold_out, load_images
+from ctrl_csc_hf.training.stream import ImageLoader, ImageStream, Place
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:This DataLoader will create"),

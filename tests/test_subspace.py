@@ -9,8 +9,8 @@ import torch
 from torch.nn.functional import normalize
 
 from ctrl_csc_hf import coding_rate
-from ctrl_csc_hf.segmentation import coding_length, segment
-from ctrl_csc_hf.subspace import ClassMoments, NearestSubspace
+from ctrl_csc_hf.latents.segmentation import coding_length, segment
+from ctrl_csc_hf.latents.subspace import ClassMoments, NearestSubspace
 
 
 def latents_and_labels(count: int = 240, dim: int = 10) -> tuple[torch.Tensor, torch.Tensor]:

@@ -15,14 +15,14 @@ import numpy as np
 import pytest
 import torch
 from conftest import TINY_PRESET, TRAINING
-from ema import AverageOfWeights, evaluated_model
 from PIL import Image
 from safetensors.torch import load_file
-from settings import SCHEDULERS
 from transformers import AutoModel
 
 from ctrl_csc_hf import CtrlCscConfig, CtrlCscDenoiser, CtrlCscDenoiserConfig, CtrlCscImageProcessor, CtrlCscModel
-from ctrl_csc_hf.presets import load_preset, preset_names
+from ctrl_csc_hf.training.ema import AverageOfWeights, evaluated_model
+from ctrl_csc_hf.training.presets import load_preset, preset_names
+from ctrl_csc_hf.training.settings import SCHEDULERS
 
 Train = Callable[..., Path]
 
@@ -30,8 +30,9 @@ Train = Callable[..., Path]
 def run_main(flags: list[str]) -> Path:
     """train.py's main in this process."""
     from accelerate.state import AcceleratorState
-    from settings import parse_settings
-    from train import main
+
+    from ctrl_csc_hf.training.settings import parse_settings
+    from ctrl_csc_hf.training.train import main
 
     AcceleratorState._reset_state(reset_partial_state=True)
     return main(*parse_settings(flags))
@@ -305,7 +306,7 @@ def test_other_folders_and_files_beside_the_checkpoints_stay_and_stop_nothing(tr
 def test_a_folder_and_an_output_are_enough_whatever_the_resolution(
     size: int, image_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from settings import parse_settings
+    from ctrl_csc_hf.training.settings import parse_settings
 
     flags = ["--train_data_dir", str(image_folder), "--output_dir", str(tmp_path / "out"), "--resolution", str(size)]
     settings, config = parse_settings(flags)
@@ -321,7 +322,7 @@ def test_a_folder_and_an_output_are_enough_whatever_the_resolution(
 def test_the_output_lies_outside_of_the_images_as_its_pictures_would_be_trained_on_next(
     data: str, image_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from settings import parse_settings
+    from ctrl_csc_hf.training.settings import parse_settings
 
     monkeypatch.chdir(image_folder)
     for folder, output in ((".", "out"), (str(image_folder), str(image_folder)), ("..", ".")):
@@ -341,7 +342,7 @@ def test_a_hub_that_does_not_answer_is_one_line(image_folder: Path, tmp_path: Pa
 
 
 def test_a_presets_data_set_gives_way_to_the_one_that_is_named() -> None:
-    from settings import parse_settings
+    from ctrl_csc_hf.training.settings import parse_settings
 
     ours, _ = parse_settings(["--config", "cifar10"])
     assert (ours.dataset_name, ours.image_column, ours.validation_split) == ("uoft-cs/cifar10", "img", "test")
@@ -591,7 +592,7 @@ def test_wrong_settings_are_refused_by_name(train: Train, flags: tuple[str, ...]
 
 @pytest.mark.parametrize(("section", "entry"), [("training", "learning_speed"), ("model", "sparisty")])
 def test_a_preset_with_an_unknown_entry_is_refused(section: str, entry: str, tmp_path: Path) -> None:
-    from settings import parse_settings
+    from ctrl_csc_hf.training.settings import parse_settings
 
     preset = tmp_path / "preset.yaml"
     preset.write_text(f"{section}: {{{entry}: 1}}", encoding="utf-8")
@@ -615,7 +616,7 @@ def test_a_preset_with_an_unknown_entry_is_refused(section: str, entry: str, tmp
     ],
 )
 def test_what_is_wrong_in_a_preset_is_one_line_with_the_files_name(text: str, message: str, tmp_path: Path) -> None:
-    from settings import parse_settings
+    from ctrl_csc_hf.training.settings import parse_settings
 
     preset = tmp_path / "wrong.yaml"
     preset.write_text(text, encoding="utf-8")
@@ -631,7 +632,7 @@ def test_what_is_wrong_in_a_preset_is_one_line_with_the_files_name(text: str, me
 
 @pytest.mark.parametrize("size", [16, 28, 32, 48, 64, 96, 128, 224])
 def test_a_presets_values_of_each_stage_fit_any_resolution(size: int) -> None:
-    from settings import parse_settings
+    from ctrl_csc_hf.training.settings import parse_settings
 
     flags = ["--config", "cifar10", "--train_data_dir", "x", "--resolution", str(size)]
     config = parse_settings(flags)[1]
@@ -690,7 +691,7 @@ def test_a_run_that_starts_from_a_model_holds_out_the_same_images_of_the_same_da
 
 @pytest.mark.parametrize("name", preset_names())
 def test_every_preset_is_valid_and_flags_override_it(name: str) -> None:
-    from settings import parse_settings
+    from ctrl_csc_hf.training.settings import parse_settings
 
     preset = load_preset(name)
     images = [] if preset["training"].get("dataset_name") else ["--train_data_dir", "images"]

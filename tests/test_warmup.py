@@ -6,11 +6,17 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 import torch
-from ema import recompute_statistics
-from warmup import Descent, deconvolution_error, invert_encoder, principal_directions, sparse_coding_energy
 
 from ctrl_csc_hf import CtrlCscConfig, CtrlCscModel
 from ctrl_csc_hf.metrics import peak_signal_to_noise_ratio
+from ctrl_csc_hf.training.ema import recompute_statistics
+from ctrl_csc_hf.training.warmup import (
+    Descent,
+    deconvolution_error,
+    invert_encoder,
+    principal_directions,
+    sparse_coding_energy,
+)
 
 CONFIG = {
     "image_size": 16,

@@ -18,16 +18,16 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from run import one_line_errors
-from settings import parse_settings
 from sklearn.datasets import load_digits
 from torch import Tensor
-from train import main as train
 
 from ctrl_csc_hf import CtrlCscImageProcessor, CtrlCscModel
-from ctrl_csc_hf.encoding import find_data
+from ctrl_csc_hf.inspection.visualization import reconstruction_grid
+from ctrl_csc_hf.latents.encoding import find_data
 from ctrl_csc_hf.metrics import FeatureMoments, frechet_distance, peak_signal_to_noise_ratio
-from ctrl_csc_hf.visualization import reconstruction_grid
+from ctrl_csc_hf.training.run import one_line_errors
+from ctrl_csc_hf.training.settings import parse_settings
+from ctrl_csc_hf.training.train import main as train
 
 TRAINING_DIGITS = 1500  # of the 1,797, drawn at random; the others are held out
 SHOWN = 40  # of those

@@ -11,10 +11,10 @@ from transformers import AutoConfig, AutoModel
 # Up to transformers 5.17 the shorter import demands torchvision, which nothing here needs.
 from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
-from .configuration_ctrl_csc import CtrlCscConfig
-from .denoiser_ctrl_csc import CtrlCscDenoiser, CtrlCscDenoiserConfig
-from .image_processing_ctrl_csc import CtrlCscImageProcessor
-from .modeling_ctrl_csc import (
+from .models.configuration_ctrl_csc import CtrlCscConfig
+from .models.denoiser_ctrl_csc import CtrlCscDenoiser, CtrlCscDenoiserConfig
+from .models.image_processing_ctrl_csc import CtrlCscImageProcessor
+from .models.modeling_ctrl_csc import (
     CtrlCscDecoder,
     CtrlCscDecoderOutput,
     CtrlCscEncoder,
@@ -22,11 +22,11 @@ from .modeling_ctrl_csc import (
     CtrlCscModel,
     CtrlCscModelOutput,
 )
-from .rate_reduction import class_rate_reduction, coding_rate, multiclass_objective, rate_reduction
-from .sparse_coding import ConvolutionalDictionary, ConvolutionalSparseCoding
+from .models.sparse_coding import ConvolutionalDictionary, ConvolutionalSparseCoding
+from .objectives.rate_reduction import class_rate_reduction, coding_rate, multiclass_objective, rate_reduction
 
 if TYPE_CHECKING:
-    from .pipeline_ctrl_csc import CtrlCscPipeline, CtrlCscPipelineOutput
+    from .models.pipeline_ctrl_csc import CtrlCscPipeline, CtrlCscPipelineOutput
 
 try:
     __version__ = metadata.version("ctrl-csc-hf")
@@ -45,7 +45,7 @@ def __getattr__(name: str) -> Any:
     if name not in ("CtrlCscPipeline", "CtrlCscPipelineOutput"):
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     try:
-        from . import pipeline_ctrl_csc
+        from .models import pipeline_ctrl_csc
     except ModuleNotFoundError as error:
         raise ImportError(f"{name} needs {error.name}: pip install ctrl-csc-hf[pipeline]") from error
     return getattr(pipeline_ctrl_csc, name)

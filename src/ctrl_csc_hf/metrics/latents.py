@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..rate_reduction import check_precision, rates_of_moments
+from ..objectives.rate_reduction import check_precision, rates_of_moments
 from .statistic import Statistic, check_labels, check_matrix, check_same_shape
 
 CHUNK = 256  # rows of a block of similarities: 51 MB against 50,000 latents

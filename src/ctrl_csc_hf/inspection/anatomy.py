@@ -13,8 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .modeling_ctrl_csc import CtrlCscDecoder, CtrlCscEncoder
-from .sparse_coding import ConvolutionalDictionary
+from ..models.modeling_ctrl_csc import CtrlCscDecoder, CtrlCscEncoder
+from ..models.sparse_coding import ConvolutionalDictionary
 
 ATOMS_AT_ONCE = 64  # that are synthesised in one batch
 IMAGES_AT_ONCE = 64

@@ -11,15 +11,15 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from transformers.image_processing_utils import BaseImageProcessor
 
-from .image_processing_ctrl_csc import CtrlCscImageProcessor
+from ..inspection.visualization import architecture_figure
+from ..models.image_processing_ctrl_csc import CtrlCscImageProcessor
+from ..models.modeling_ctrl_csc import CtrlCscModel
+from ..models.repository_ctrl_csc import CARD_TAG, RECORDS, save_repository
+from ..models.repository_ctrl_csc import SAMPLER as SAMPLER
+from ..models.repository_ctrl_csc import save_sampler as save_sampler
+from ..models.sampling import LatentSampler
 from .model_card import FIGURE, METRICS, MODEL_CARDS, SETTINGS, model_card, public_metrics, public_settings
-from .modeling_ctrl_csc import CtrlCscModel
 from .records import DAMAGED, readable
-from .repository_ctrl_csc import CARD_TAG, RECORDS, save_repository
-from .repository_ctrl_csc import SAMPLER as SAMPLER
-from .repository_ctrl_csc import save_sampler as save_sampler
-from .sampling import LatentSampler
-from .visualization import architecture_figure
 
 GRID = "reconstructions.png"
 # What only some checkpoints have, and code that may be renamed: of these no older publication's files stay.

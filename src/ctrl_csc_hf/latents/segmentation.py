@@ -12,7 +12,7 @@ A segmentation costs the sum of L over its groups and, to say whose each latent 
 import torch
 from torch import Tensor
 
-from .rate_reduction import LARGEST_ROUNDING, check_precision
+from ..objectives.rate_reduction import LARGEST_ROUNDING, check_precision
 
 CHUNK = 16  # pairs whose union is coded at once: (CHUNK, d, d) numbers
 NUM_ITERATIONS = 10  # of k-means

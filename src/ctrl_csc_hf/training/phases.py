@@ -4,15 +4,16 @@ from collections.abc import Callable, Collection
 from functools import partial
 
 import torch
-from ema import AverageOfWeights
-from settings import LOOPS, TrainingSettings
-from steps import Replay, make_adam, set_learning_rate
 from torch import Tensor
 from transformers import get_scheduler
-from warmup import Descent, deconvolution_error, hold_stages, sparse_coding_energy
 
 from ctrl_csc_hf import CtrlCscModel
-from ctrl_csc_hf.closed_loop import PLAYERS, player_parameters
+from ctrl_csc_hf.objectives.closed_loop import PLAYERS, player_parameters
+
+from .ema import AverageOfWeights
+from .settings import LOOPS, TrainingSettings
+from .steps import Replay, make_adam, set_learning_rate
+from .warmup import Descent, deconvolution_error, hold_stages, sparse_coding_energy
 
 
 class Phases:

@@ -20,7 +20,7 @@ import torch
 from PIL import ExifTags, Image, ImageOps
 from torch import Tensor
 
-from ctrl_csc_hf.encoding import (
+from ctrl_csc_hf.latents.encoding import (
     ImageDataset,
     draw_images,
     draw_rows,
@@ -32,7 +32,7 @@ from ctrl_csc_hf.encoding import (
     rows_of,
     undecoded,
 )
-from ctrl_csc_hf.image_processing_ctrl_csc import CtrlCscImageProcessor
+from ctrl_csc_hf.models.image_processing_ctrl_csc import CtrlCscImageProcessor
 
 logger = logging.getLogger(__name__)
 
@@ -57,12 +57,12 @@ class ImageSource:
     """Where images come from.
 
     Args:
-        dataset_name: a Hub id, or a local folder; see `ctrl_csc_hf.encoding.find_data`.
+        dataset_name: a Hub id, or a local folder; see `ctrl_csc_hf.latents.encoding.find_data`.
         dataset_config_name: its configuration.
         train_data_dir: a local folder, in place of `dataset_name`.
         split: name of the split.
         streaming: read the source as it comes, instead of preparing it on disk first.
-        image_column, label_column: see `ctrl_csc_hf.encoding.find_columns`.
+        image_column, label_column: see `ctrl_csc_hf.latents.encoding.find_columns`.
         cache_dir: where `datasets` keeps what it prepares.
 
     Raises:

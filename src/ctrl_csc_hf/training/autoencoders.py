@@ -3,13 +3,14 @@
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
-import baselines  # registers its models for AutoModel
 import torch
 from torch import Tensor
 from transformers import AutoModel
 
 from ctrl_csc_hf import CtrlCscModel
 from ctrl_csc_hf.metrics import FeatureMoments
+
+from . import baselines  # registers its models for AutoModel
 
 
 @dataclass(frozen=True)

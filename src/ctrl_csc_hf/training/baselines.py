@@ -8,11 +8,11 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel
 
 from ctrl_csc_hf import CtrlCscConfig, CtrlCscEncoder, CtrlCscModel
-from ctrl_csc_hf.batch_norm import BatchNorm
-from ctrl_csc_hf.closed_loop import ClosedLoop, ClosedLoopFigures
-from ctrl_csc_hf.distributed import count_over_processes
-from ctrl_csc_hf.rate_reduction import cosine_distance
-from ctrl_csc_hf.sparse_coding import ConvolutionalDictionary
+from ctrl_csc_hf.models.batch_norm import BatchNorm
+from ctrl_csc_hf.models.sparse_coding import ConvolutionalDictionary
+from ctrl_csc_hf.objectives.closed_loop import ClosedLoop, ClosedLoopFigures
+from ctrl_csc_hf.objectives.distributed import count_over_processes
+from ctrl_csc_hf.objectives.rate_reduction import cosine_distance
 
 LEAK = 0.2  # of the leaky relu, as in DCGAN's discriminator, which CTRL's encoder is
 

@@ -8,14 +8,14 @@ from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-from .configuration_ctrl_csc import CtrlCscConfig
-from .modeling_ctrl_csc import CtrlCscModel
+from ..models.configuration_ctrl_csc import CtrlCscConfig
+from ..models.modeling_ctrl_csc import CtrlCscModel
 from .records import DAMAGED, read_object, readable
 
 # An installed package has them beside this module, an editable one in the repository.
 MODEL_CARDS = next(
     folder
-    for folder in (Path(__file__).parent / "model_cards", Path(__file__).parents[2] / "model_cards")
+    for folder in (Path(__file__).parents[1] / "model_cards", Path(__file__).parents[3] / "model_cards")
     if folder.is_dir()
 )
 

@@ -18,22 +18,24 @@ import torch
 from accelerate import Accelerator, PartialState
 from accelerate.utils import gather_object
 from datasets.exceptions import DatasetsError
-from ema import GRID_IMAGES, AverageOfWeights
 from huggingface_hub import constants, hf_hub_download
 from huggingface_hub.errors import HTTPError  # type: ignore[attr-defined]  # httpx's, under whichever of its names
 from safetensors.torch import load_file, save_file
-from settings import FIXED, WITHOUT_INFLUENCE, TrainingSettings
-from stream import ImageLoader, Place
 from torch import Tensor
 from torch.optim import Optimizer
-from warmup import Descent
 
-from ctrl_csc_hf import CtrlCscImageProcessor, CtrlCscModel, records
-from ctrl_csc_hf.distributed import sum_over_processes
+from ctrl_csc_hf import CtrlCscImageProcessor, CtrlCscModel
+from ctrl_csc_hf.hub import records
+from ctrl_csc_hf.hub.records import read_object
+from ctrl_csc_hf.inspection.visualization import reconstruction_grid, training_curves
 from ctrl_csc_hf.metrics import peak_signal_to_noise_ratio
-from ctrl_csc_hf.records import read_object
-from ctrl_csc_hf.repository_ctrl_csc import replacing_model
-from ctrl_csc_hf.visualization import reconstruction_grid, training_curves
+from ctrl_csc_hf.models.repository_ctrl_csc import replacing_model
+from ctrl_csc_hf.objectives.distributed import sum_over_processes
+
+from .ema import GRID_IMAGES, AverageOfWeights
+from .settings import FIXED, WITHOUT_INFLUENCE, TrainingSettings
+from .stream import ImageLoader, Place
+from .warmup import Descent
 
 logger = logging.getLogger(__name__)
 

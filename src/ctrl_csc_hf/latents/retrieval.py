@@ -18,7 +18,7 @@ from torch import Tensor
 from .encoding import encode_dataset
 
 if TYPE_CHECKING:
-    from .pipeline_ctrl_csc import CtrlCscPipeline
+    from ..models.pipeline_ctrl_csc import CtrlCscPipeline
 
 NAME = "latents"  # of the index in the data set
 

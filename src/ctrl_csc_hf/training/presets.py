@@ -6,7 +6,7 @@ from typing import Any
 import yaml
 
 # An installed package has them beside this module, an editable one in the repository.
-_FOLDERS = (Path(__file__).parent / "presets", Path(__file__).parents[2] / "training" / "configs")
+_FOLDERS = (Path(__file__).parent / "configs", Path(__file__).parents[3] / "training" / "configs")
 
 
 def preset_names() -> list[str]:

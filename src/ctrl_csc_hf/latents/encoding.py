@@ -24,8 +24,8 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from transformers.image_processing_utils import BaseImageProcessor
 
-from .image_processing_ctrl_csc import check_sides
-from .modeling_ctrl_csc import CtrlCscModel
+from ..models.image_processing_ctrl_csc import check_sides
+from ..models.modeling_ctrl_csc import CtrlCscModel
 
 logger = logging.getLogger(__name__)
 

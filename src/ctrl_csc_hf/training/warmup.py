@@ -9,11 +9,12 @@ from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
-from steps import make_adam, set_learning_rate
 from torch import Tensor
 
 from ctrl_csc_hf import CtrlCscModel
-from ctrl_csc_hf.distributed import count_over_processes, sum_gradients, sum_over_processes
+from ctrl_csc_hf.objectives.distributed import count_over_processes, sum_gradients, sum_over_processes
+
+from .steps import make_adam, set_learning_rate
 
 CHANNELWISE = (0, 2, 3)
 FIT_ITERATIONS = 30

@@ -5,8 +5,8 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor
 
+from ..models.sampling import LatentSampler
 from .encoding import EncodedBatch
-from .sampling import LatentSampler
 from .segmentation import segment
 from .subspace import ClassMoments
 

@@ -1,15 +1,12 @@
 """The ablation of docs/recipe.md: one factor at a time from cifar10_sweep.yaml, each on as many images.
 
-    python training/sweep.py --dataset_name uoft-cs/cifar10 --image_column img --feature_model CLASSIFIER \
+    python benchmarks/sweep.py --dataset_name uoft-cs/cifar10 --image_column img --feature_model CLASSIFIER \
         --rows base "FISTA steps 8" --seeds 0 1 --output_dir sweep
 
 Without --rows it runs all. Each row and seed is a run of train.py in a folder of its own, and a line of
 OUTPUT_DIR/results.jsonl; those that are there already are not run again. Prints the table at the end, and draws the
 games of the rows and seeds asked for into OUTPUT_DIR/curves.png.
 """
-
-if __name__ == "__main__":
-    import startup  # noqa: F401
 
 import argparse
 import json
@@ -21,13 +18,10 @@ from typing import Any
 
 import torch
 import yaml
-from autoencoders import load_model
-from data import ImageSource, load_images, take_examples
 from matplotlib.figure import Figure
-from run import one_line_errors, readable
 from torch import Tensor
 
-from ctrl_csc_hf.encoding import find_columns
+from ctrl_csc_hf.latents.encoding import find_columns
 from ctrl_csc_hf.metrics import (
     ClosedLoopConsistency,
     FrechetDistance,
@@ -35,7 +29,10 @@ from ctrl_csc_hf.metrics import (
     PeakSignalToNoiseRatio,
     VisionFeatures,
 )
-from ctrl_csc_hf.presets import load_preset
+from ctrl_csc_hf.training.autoencoders import load_model
+from ctrl_csc_hf.training.data import ImageSource, load_images, take_examples
+from ctrl_csc_hf.training.presets import load_preset
+from ctrl_csc_hf.training.run import one_line_errors, readable
 
 BASE = str(Path(__file__).with_name("cifar10_sweep.yaml"))
 BATCH_SIZE = 250
@@ -145,7 +142,7 @@ def run(row: str, seed: int, arguments: argparse.Namespace) -> dict[str, Any]:
     start = time.perf_counter()
     subprocess.run(
         [
-            sys.executable, str(Path(__file__).with_name("train.py")),
+            sys.executable, str(Path(__file__).parents[1] / "training" / "train.py"),
             "--config", str(config), "--output_dir", str(folder), "--seed", str(seed), "--report_to", "none",
             "--dataset_name", arguments.dataset_name,
         ],

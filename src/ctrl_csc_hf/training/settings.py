@@ -6,13 +6,14 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, get_args, get_origin, get_type_hints
 
-from baselines import ConvolutionalConfig, SquaredErrorLoop
 from transformers import HfArgumentParser
 
 from ctrl_csc_hf import CtrlCscConfig
-from ctrl_csc_hf.closed_loop import ClosedLoop, ClosedLoopObjective
-from ctrl_csc_hf.configuration_ctrl_csc import default_stages
-from ctrl_csc_hf.presets import load_preset
+from ctrl_csc_hf.models.configuration_ctrl_csc import default_stages
+from ctrl_csc_hf.objectives.closed_loop import ClosedLoop, ClosedLoopObjective
+from ctrl_csc_hf.training.presets import load_preset
+
+from .baselines import ConvolutionalConfig, SquaredErrorLoop
 
 # A loss scaler would have to serve two players with one backward pass; bf16 needs none.
 PRECISIONS = ("no", "bf16")
@@ -52,10 +53,10 @@ def hub_id(dataset_name: str | None) -> str | None:
 
 
 def check_output_dir(output_dir: str, data: str | None) -> None:
-    """`ctrl_csc_hf.encoding.check_output`, by the name of the setting."""
+    """`ctrl_csc_hf.latents.encoding.check_output`, by the name of the setting."""
     if data is None or not Path(data).is_dir():
         return
-    from ctrl_csc_hf.encoding import check_output  # needs datasets, which benchmarks/gpu.py does without
+    from ctrl_csc_hf.latents.encoding import check_output  # needs datasets, which benchmarks/gpu.py does without
 
     try:
         check_output(output_dir, data)
@@ -108,7 +109,7 @@ class TrainingSettings:
     pretrained_model_name_or_path: str | None = option(None, "Start from this checkpoint instead of the preset.")
     gradient_checkpointing: bool = option(False, "Compute activations twice to save memory.")
 
-    # The game, see ctrl_csc_hf.closed_loop
+    # The game, see ctrl_csc_hf.objectives.closed_loop
     objective: str = option("binary", "binary, multi, or unsupervised.")
     distortion: float = option(0.5, "eps^2 of the coding rates.")
     decoder_consistency: float = option(10.0, "w_g, weight of self-consistency in the decoder's loss.")

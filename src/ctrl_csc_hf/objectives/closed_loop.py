@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from ..models.modeling_ctrl_csc import CtrlCscModel
 from .distributed import (
     count_over_processes,
     gather_for_all,
@@ -27,7 +28,6 @@ from .distributed import (
     sum_gradients,
     sum_over_processes,
 )
-from .modeling_ctrl_csc import CtrlCscModel
 from .rate_reduction import (
     check_precision,
     class_moments,

@@ -7,9 +7,9 @@ import torch
 from torch import Tensor, nn
 
 from ctrl_csc_hf import CtrlCscModel
-from ctrl_csc_hf.batch_norm import BatchNorm
 from ctrl_csc_hf.metrics import nearest_latent_match, peak_signal_to_noise_ratio
-from ctrl_csc_hf.rate_reduction import coding_rate, rate_reduction
+from ctrl_csc_hf.models.batch_norm import BatchNorm
+from ctrl_csc_hf.objectives.rate_reduction import coding_rate, rate_reduction
 
 CALIBRATION_IMAGES = 2048
 GRID_IMAGES = 40

@@ -18,11 +18,12 @@ from typing import Any
 import datasets
 import numpy as np
 import torch
-from data import AUGMENTATIONS, Augmentation, decode
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
-from ctrl_csc_hf.encoding import ROWS_AT_ONCE, ImageDataset, name_of, rows_of, undecoded
+from ctrl_csc_hf.latents.encoding import ROWS_AT_ONCE, ImageDataset, name_of, rows_of, undecoded
+
+from .data import AUGMENTATIONS, Augmentation, decode
 
 logger = logging.getLogger(__name__)
 

@@ -12,8 +12,8 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
+from ..models.configuration_ctrl_csc import CtrlCscConfig
 from .anatomy import energy_shares, leading_atoms, spectrum
-from .configuration_ctrl_csc import CtrlCscConfig
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

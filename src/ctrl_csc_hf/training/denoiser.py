@@ -1,9 +1,9 @@
 """Trains the denoiser on BSD's 432 training photographs in a few minutes of a GPU, and measures it on the 68 of CBSD68.
 
-    python training/denoiser.py pack --dataset FOLDER --output runs/bsd.safetensors
-    python training/denoiser.py train --data runs/bsd.safetensors --output runs/denoiser --seconds 270
+    python -m ctrl_csc_hf.training.denoiser pack --dataset FOLDER --output runs/bsd.safetensors
+    python -m ctrl_csc_hf.training.denoiser train --data runs/bsd.safetensors --output runs/denoiser --seconds 270
 
-The second command needs neither datasets nor diffusers, nor an installed ctrl-csc-hf. It ends after `seconds` with
+The second command needs neither datasets nor diffusers. It ends after `seconds` with
 model.safetensors and config.json, which `CtrlCscDenoiser.from_pretrained` loads, and denoiser.json, the figures. On a
 CPU it is for trying it out.
 """
@@ -25,11 +25,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "src"))  # rather than what is installed, if anything
-from steps import Replay, make_adam, set_learning_rate
+from ctrl_csc_hf.models.denoiser_ctrl_csc import CtrlCscDenoiser, CtrlCscDenoiserConfig
+from ctrl_csc_hf.models.repository_ctrl_csc import remove_records
 
-from ctrl_csc_hf.denoiser_ctrl_csc import CtrlCscDenoiser, CtrlCscDenoiserConfig
-from ctrl_csc_hf.repository_ctrl_csc import remove_records
+from .steps import Replay, make_adam, set_learning_rate
 
 PIXEL_STD = 127.5  # of 255 levels, the unit of pixels in [-1, 1]
 TRAINED_LEVELS = (5.0, 55.0)  # of 255
@@ -54,9 +53,9 @@ def pack(dataset: str, output: Path, train_images: int | None, test_images: int 
     Raises:
         ValueError: if there is no split train or test, or no image that can be read.
     """
-    from data import ImageSource, as_rgb, load_images, split_names
+    from ctrl_csc_hf.latents.encoding import draw_images, image_bytes, load_image
 
-    from ctrl_csc_hf.encoding import draw_images, image_bytes, load_image
+    from .data import ImageSource, as_rgb, load_images, split_names
 
     def read(encoded: Any) -> bytes:
         image = load_image(encoded)

@@ -1,0 +1,1 @@
+"""What is inside a model: numbers, pictures, a page."""

@@ -1,0 +1,1 @@
+"""What travels to the Hub with the weights: encoder and decoder, image processor, pipeline, sampler, denoiser."""
