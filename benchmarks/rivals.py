@@ -51,7 +51,10 @@ def two_phase_step(
     images: Tensor,
     labels: Tensor | None,
 ) -> None:
-    """One step of both players, 12 passes of the encoder and 4 of the decoder, a backward pass counted as two."""
+    """One step of both players, 12 passes of the encoder and 4 of the decoder, a backward pass counted as two.
+
+    Reconstructions are normalised by the images' statistics, as in our step.
+    """
     for optimizer, sign in zip(optimizers, (-1, 1), strict=True):
         for player in optimizers:
             player.zero_grad(set_to_none=True)

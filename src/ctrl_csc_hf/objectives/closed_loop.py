@@ -8,8 +8,8 @@
 J is the utility: that of the latents (an objective of rate_reduction.py) and, a stage l, w_l dR(C_l, Ch_l), the rate
 reduction between the codes of x and of xh. The latents hold nothing of what they throw away; the codes do. S is
 self-consistency, the mean of 1 - cos(z_i, zh_i), and S_c that of the codes; E the sparse-coding energy; |x - xh|^2 a
-mean over pixels. Dai et al., Entropy 24(4):456, 2022; Tong et al., CPAL 2024; the terms of the codes are this
-package's.
+mean over pixels. Dai et al., Entropy 24(4):456, 2022; Tong et al., "Unsupervised Learning of Structured
+Representations via Closed-Loop Transcription", CPAL 2024; the terms of the codes are this package's.
 """
 
 from collections.abc import Sequence

@@ -1,8 +1,7 @@
 """Coding rates, their reductions, and the objectives of the closed loop. Functions only: no modules, no state.
 
 Features are rows: Z of shape (n, d). Rates are in nats. Dai et al., "CTRL: Closed-Loop Transcription to an LDR
-via Minimaxing Rate Reduction", Entropy 24(4):456, 2022 (doi 10.3390/e24040456), for all but `unsupervised`: Tong
-et al., "Unsupervised Learning of Structured Representations via Closed-Loop Transcription", CPAL 2024.
+via Minimaxing Rate Reduction", Entropy 24(4):456, 2022 (doi 10.3390/e24040456).
 
 Gram matrices and their Cholesky factors are float64 (float32 on MPS devices, which have no float64): in float32 the
 identity in I + d/(n eps^2) Z^T Z is lost to rounding where eps^2 is small or rows are long. Where float64 would lose it
