@@ -12,9 +12,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from ..metrics import peak_signal_to_noise_ratio
 from ..models.modeling_ctrl_csc import CtrlCscModel
 from . import anatomy
-from ..metrics import peak_signal_to_noise_ratio
 from .visualization import SHARING, atom_atlas, code_maps, correlation_map, image_table, region_maps, singular_values
 
 if TYPE_CHECKING:
