@@ -146,6 +146,17 @@ def test_evaluation_measures_the_model_and_its_rivals_on_the_same_images(
     frechet = f"frechet_distance, features of {names[0]}"
     assert results["PCA, 8 numbers"][frechet] < results["mean image"][frechet]
     assert all("unseen_psnr" in figures and "seen_psnr" in figures for figures in results.values())
+    # The energy's minimum by another method: ISTA, without momentum.
+    ours = CtrlCscModel.from_pretrained(model)
+    stage, first = ours.encoder.stages[0], images.test
+    codes = torch.zeros_like(stage.encode(first))
+    step = 1 / stage.operator_norm**2
+    with torch.no_grad():
+        for _ in range(2000):
+            error = stage.synthesize(codes, first.shape[-2:]) - first
+            codes = stage.proximal(codes - step * stage.adjoint(error), step)
+        least, reached = (stage.energy(first, z).sum().item() for z in (codes, stage.encode(first)))
+    assert results["CTRL-CSC"]["energy_excess_1"] == pytest.approx(reached / least - 1, abs=1e-3) and reached > least
     assert "nonzero_1" in results["CTRL-CSC"] and "nonzero_1" not in results["ordinary convolutions"]
     assert (
         "rate" in results["CTRL-CSC"] and "rate" not in results["PCA, 8 numbers"]

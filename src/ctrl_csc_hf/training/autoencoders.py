@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -13,16 +14,21 @@ from ctrl_csc_hf.metrics import FeatureMoments
 from . import baselines  # registers its models for AutoModel
 
 
+STEPS_TO_THE_MINIMUM = 400
+
+
 @dataclass(frozen=True)
 class Autoencoder:
     """encode: pixels (n, 3, s, s) in [-1, 1] -> latents (n, d); decode: those -> pixels.
 
     codes: pixels -> the codes of every stage, where it has stages of sparse coding.
+    energy_excess: pixels -> what `energy_excess` gives, where it has.
     """
 
     encode: Callable[[Tensor], Tensor]
     decode: Callable[[Tensor], Tensor]
     codes: Callable[[Tensor], tuple[Tensor, ...]] | None = None
+    energy_excess: Callable[[Tensor], dict[str, float]] | None = None
 
 
 def load_model(path_or_repository: str, device: torch.device | str) -> CtrlCscModel:
@@ -43,7 +49,22 @@ def autoencoder(model: CtrlCscModel) -> Autoencoder:
         encode=lambda x: model.encode(x).latents,
         decode=lambda z: model.decode(z).reconstruction,
         codes=(lambda x: model.encode(x, output_codes=True).codes) if is_sparse else None,
+        energy_excess=partial(energy_excess, model) if is_sparse else None,
     )
+
+
+def energy_excess(model: CtrlCscModel, images: Tensor) -> dict[str, float]:
+    """How far the codes of each stage are from the minimum of its energy, which 400 steps of FISTA take for reached:
+    `energy_excess_1`, ..., E(z) / E(z*) - 1, of the energies of all images (n, C, H, W) together.
+    """
+    encoder = model.encoder
+    encoded = encoder(images, output_codes=True, output_normalized_codes=True)
+    signals = (encoder.first_signal(images)[0], *encoded.normalized_codes)
+    excess = {}
+    for index, (stage, signal, codes) in enumerate(zip(encoder.stages, signals, encoded.codes, strict=False), 1):
+        smallest = stage.energy(signal, stage.solve(signal, num_iterations=STEPS_TO_THE_MINIMUM)).sum()
+        excess[f"energy_excess_{index}"] = float(stage.energy(signal, codes).sum() / smallest) - 1
+    return excess
 
 
 def diffusers_autoencoder(path_or_repository: str, device: torch.device | str) -> Autoencoder:

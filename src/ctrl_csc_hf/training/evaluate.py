@@ -13,7 +13,7 @@ images whose reconstruction's nearest latent, by cosine among those n, is their 
 Fréchet and kernel distance compare the reconstructions of the first `num_frechet_images` with those images, in each
 vision model's pooled features; feature_cosine is the mean cosine of these between an image and its reconstruction.
 Probe and nearest neighbours learn classes from latents of training images, and from the codes of all stages, averaged
-to 4x4. Rates are in nats, of unit vectors, so they are left out where latents are none. "unseen" is another data set.
+to 4x4. energy_excess_1 is how far the sparse-coding energy of the first stage's codes is above its minimum. Rates are in nats, of unit vectors, so they are left out where latents are none. "unseen" is another data set.
 All images are drawn uniformly from their splits, in random order, by the seed.
 """
 
@@ -80,13 +80,15 @@ MODEL = "CTRL-CSC"
 SHOWN = 10  # images a row of the pictures
 MAPPED = 500  # images of the heat map
 NEIGHBOURS = 5
+EXCESS_IMAGES = 64  # whose energies are compared with their minimum
 POOLED = 4  # side to which codes are pooled for their probe
 LABEL_WIDTH = 14  # letters, of a row of pictures
 TEST_SPLITS = ("test", "validation", "valid", "val", "dev")  # in this order, where none is named
 # Of metrics.json, for the card: those that the images and the model give, and those that a feature model gives too.
 CARD_FIGURES = (
     "psnr", "match", "rate", "reconstructed_rate", "rate_reduction", "ssim", "lpips", "linear_probe", "knn",
-    "codes_linear_probe", "nonzero_1", "nonzero_2", "nonzero_3",
+    "codes_linear_probe", "nonzero_1", "nonzero_2", "nonzero_3", "energy_excess_1",
+    "energy_excess_2", "energy_excess_3",
 )  # fmt: skip
 DISTANCES = ("frechet_distance", "kernel_distance", "feature_cosine")
 
@@ -432,8 +434,8 @@ def measure(
     if torch.allclose(z.norm(dim=1), torch.ones(len(z), device=z.device), atol=1e-3):
         spectrum.update(z, zh)
         figures |= spectrum.compute()
-    if rival.codes is not None:
-        figures |= sparsity.compute()
+    if rival.codes is not None and rival.energy_excess is not None:
+        figures |= sparsity.compute() | rival.energy_excess(images[:EXCESS_IMAGES].to(device))
     return figures
 
 
