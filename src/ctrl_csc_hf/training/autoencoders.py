@@ -38,11 +38,15 @@ def load_model(path_or_repository: str, device: torch.device | str) -> CtrlCscMo
 
 
 def autoencoder(model: CtrlCscModel) -> Autoencoder:
-    is_sparse = not isinstance(model, baselines.ConvolutionalModel)
+    def codes(x: Tensor) -> tuple[Tensor, ...]:
+        found = model.encode(x, output_codes=True).codes
+        assert found is not None
+        return found
+
     return Autoencoder(
         encode=lambda x: model.encode(x).latents,
         decode=lambda z: model.decode(z).reconstruction,
-        codes=(lambda x: model.encode(x, output_codes=True).codes) if is_sparse else None,
+        codes=None if isinstance(model, baselines.ConvolutionalModel) else codes,
     )
 
 
