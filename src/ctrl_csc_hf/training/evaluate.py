@@ -32,7 +32,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from tqdm.auto import tqdm
-from transformers import HfArgumentParser
 
 from ctrl_csc_hf import CtrlCscModel
 from ctrl_csc_hf.hub.records import read_object
@@ -69,7 +68,7 @@ from .data import (
 )
 from .ema import GRID_IMAGES
 from .run import figure_records, one_line_errors, readable, save_grid, training_settings
-from .settings import check_output_dir, hub_id, option
+from .settings import SettingsParser, check_output_dir, hub_id, option
 from .stream import ImageLoader, ImageStream
 
 logger = logging.getLogger(__name__)
@@ -615,8 +614,8 @@ def print_table(results: dict[str, dict[str, Any]]) -> None:
 def launch(arguments: list[str] | None = None) -> None:
     """The program: reads its flags, and tells an error in one line."""
     with one_line_errors():
-        (settings,) = HfArgumentParser(EvaluationSettings).parse_args_into_dataclasses(arguments)
-        main(settings)
+        parser = SettingsParser(EvaluationSettings, description="Measures a model on held-out images.")
+        main(EvaluationSettings(**vars(parser.parse_args(arguments))))
 
 
 if __name__ == "__main__":
