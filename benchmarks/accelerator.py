@@ -4,7 +4,7 @@ from collections.abc import Callable
 from functools import partial
 
 import torch
-from bench import Bench, Row
+from pairs import Bench, Row
 from torch.utils.flop_counter import FlopCounterMode
 
 from ctrl_csc_hf import CtrlCscConfig, CtrlCscModel

@@ -11,9 +11,9 @@ from tempfile import TemporaryDirectory
 import torch
 import torch.nn.functional as F
 from accelerator import throughput
-from bench import Bench, Row
 from diffusers import AutoencoderKL, AutoencoderTiny
 from loader import HEIGHT, IMAGE_SIZE, WIDTH, our_loader, plain_loader, write_photographs
+from pairs import Bench, Row
 from rivals import (
     bare_convolutions,
     encode_plainly,

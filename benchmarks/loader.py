@@ -1,4 +1,4 @@
-"""The loader alone, at 64 pixels from JPEGs of ImageNet's usual size: training/stream.py against the plain path.
+"""The loader alone, at 64 pixels from JPEGs of ImageNet's usual size: training's ImageStream against the plain path.
 
 The rival is what a script of `datasets` and PIL does: the shuffled stream decodes whole images, each is resized and its
 centre cut out, and a DataLoader stacks them. Both run in one process on one core, without augmentation.

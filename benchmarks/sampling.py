@@ -24,9 +24,9 @@ from torch import Tensor
 from transformers import AutoModel, HfArgumentParser
 
 from ctrl_csc_hf import CtrlCscImageProcessor, CtrlCscModel, CtrlCscPipeline
+from ctrl_csc_hf.inspection.neighbours import nearest_images, neighbours_figure
 from ctrl_csc_hf.latents.encoding import EncodedBatch, encode_dataset, find_data
 from ctrl_csc_hf.latents.fitting import fit_sampler
-from ctrl_csc_hf.latents.neighbours import nearest_images, neighbours_figure
 from ctrl_csc_hf.latents.segmentation import coding_length, k_means, segment
 from ctrl_csc_hf.latents.subspace import ClassMoments, NearestSubspace
 from ctrl_csc_hf.metrics import FeatureMoments, frechet_distance

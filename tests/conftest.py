@@ -1,7 +1,8 @@
-"""What several test files need: the training scripts on the path, tiny image folders, a run of train.py."""
+"""What several test files need: the benchmarks on the path, tiny image folders, a run of train.py."""
 
 import os
 import signal
+import sys
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -12,6 +13,8 @@ import pytest
 from PIL import Image
 
 TRAINING = Path(__file__).parents[1] / "training"
+BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+sys.path.append(str(BENCHMARKS))
 
 # A command of a test is interrupted as in a terminal, also where the shell that began the tests ignores Ctrl-C.
 signal.signal(signal.SIGINT, signal.default_int_handler)

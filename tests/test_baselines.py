@@ -12,7 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import yaml
-from conftest import TRAINING
+from conftest import BENCHMARKS
 from sklearn.linear_model import LogisticRegression
 from sklearn.preprocessing import StandardScaler
 from transformers import AutoModel, ResNetConfig, ResNetModel
@@ -133,7 +133,7 @@ def test_every_row_of_the_sweep_is_a_run_that_settings_accept_on_as_many_images(
 
 def test_the_sweep_knows_the_models_of_all_its_rows() -> None:
     code = (
-        f"import sys; sys.path.append({str(TRAINING)!r}); import sweep; "
+        f"import sys; sys.path.append({str(BENCHMARKS)!r}); import sweep; "
         "from transformers import AutoConfig; AutoConfig.for_model('ctrl_convolutional')"
     )
     subprocess.run([sys.executable, "-c", code], check=True)  # a new process: this one has imported them

@@ -7,7 +7,6 @@ import os
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -18,8 +17,6 @@ from transformers import AutoModel
 
 from ctrl_csc_hf import ConvolutionalSparseCoding, CtrlCscConfig, CtrlCscModel
 from ctrl_csc_hf.objectives.closed_loop import ClosedLoop, ClosedLoopObjective, player_parameters
-
-sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
 
 ROW = {"comparison", "setting", "ours_s", "rival_s", "ratio", "goal", "difference", "figures"}
 

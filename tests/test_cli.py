@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 import tomllib
+from dataclasses import fields
 from pathlib import Path
 
 import datasets
@@ -24,6 +25,8 @@ from ctrl_csc_hf import CtrlCscConfig, CtrlCscImageProcessor, CtrlCscModel, Ctrl
 from ctrl_csc_hf.latents.encoding import encode_dataset
 from ctrl_csc_hf.latents.fitting import fit_sampler
 from ctrl_csc_hf.models.sampling import LatentSampler
+from ctrl_csc_hf.training.evaluate import EvaluationSettings
+from ctrl_csc_hf.training.settings import TrainingSettings
 
 
 @pytest.fixture(scope="module")
@@ -43,6 +46,28 @@ def photos(tmp_path: Path) -> list[str]:
     Image.fromarray(pixels).save(tmp_path / "a.png")
     Image.fromarray(pixels[..., 0]).save(tmp_path / "b.jpg")
     return [str(tmp_path / "a.png"), str(tmp_path / "b.jpg")]
+
+
+@pytest.mark.parametrize(("program", "settings"), [("train", TrainingSettings), ("evaluate", EvaluationSettings)])
+def test_train_and_evaluate_list_their_settings(program: str, settings: type) -> None:
+    result = CliRunner().invoke(app, [program, "--help"])
+    assert result.exit_code == 0
+    assert {f"--{field.name}" for field in fields(settings)} <= set(re.findall(r"--\w+", result.output))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "line"),
+    [
+        ("train --train_data_dir images --learning_speed 3", "unrecognized arguments: --learning_speed 3"),
+        ("train --train_data_dir images --seed first", "argument --seed: invalid int value: 'first'"),
+        ("train --config", "argument --config: expected one argument"),
+        ("evaluate --model m --train_data_dir images --speed 3", "unrecognized arguments: --speed 3"),
+        ("evaluate --train_data_dir images", "the following arguments are required: --model"),
+    ],
+)
+def test_a_wrong_flag_of_train_and_evaluate_is_one_line(arguments: str, line: str) -> None:
+    result = CliRunner().invoke(app, arguments.split())
+    assert (result.exit_code, result.output) == (1, f"ValueError: {line}; --help lists the settings\n")
 
 
 def test_reconstruct_writes_originals_above_reconstructions_and_prints_each_psnr(

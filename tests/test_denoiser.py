@@ -331,8 +331,7 @@ def test_16_bits_and_hidden_colours_are_packed_as_the_processor_sees_them_and_un
     assert f"unreadable image skipped, {tmp_path / 'images' / 'train' / '2.jpg'}" in caplog.text
 
 
-def test_photographs_are_drawn_from_a_whole_split(tmp_path, monkeypatch):
-    monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "benchmarks"))
+def test_photographs_are_drawn_from_a_whole_split(tmp_path):
     training, benchmark = importlib.import_module("ctrl_csc_hf.training.denoiser"), importlib.import_module("denoising")
     for index in range(40):
         path = tmp_path / "images" / ("test" if index % 2 else "train") / f"{index:02d}.png"
@@ -372,7 +371,7 @@ def test_what_its_training_cannot_use_is_named(tmp_path):
         with pytest.raises(ValueError, match=message):
             training.main(command)
     assert not (tmp_path / "out").exists()
-    result = subprocess.run([sys.executable, training.__file__, *command], capture_output=True, text=True)
+    result = subprocess.run([sys.executable, "-m", training.__name__, *command], capture_output=True, text=True)
     assert result.returncode == 1 and result.stderr.startswith("ValueError: --data") and "\n" not in result.stderr[:-1]
 
 
@@ -387,8 +386,7 @@ def test_a_card_and_figures_of_other_weights_do_not_stay_beside_new_ones(tmp_pat
     }
 
 
-def test_its_benchmark_prints_a_table(tmp_path, capsys, monkeypatch):
-    monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "benchmarks"))
+def test_its_benchmark_prints_a_table(tmp_path, capsys):
     benchmark = importlib.import_module("denoising")
     threads = torch.get_num_threads()
     for split in ("train", "test"):

@@ -454,8 +454,7 @@ def test_wrong_arguments_are_named(call: Callable[[], Any], message: str) -> Non
         call()
 
 
-def test_what_training_imports_brings_no_package_of_the_extras_along() -> None:
-    """A script run from training/ would find its own evaluate.py under `import evaluate`."""
+def test_importing_the_classes_brings_no_package_of_the_extras_along() -> None:
     code = (
         "import sys; import ctrl_csc_hf; before = set(sys.modules); import ctrl_csc_hf.metrics\n"
         "print(sorted({'evaluate', 'datasets', 'diffusers', 'torchmetrics', 'sklearn', 'lpips', 'torch_fidelity'} & "

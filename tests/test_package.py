@@ -62,11 +62,13 @@ def run(python: Path, code: str, folder: Path) -> str:
     return result.stdout
 
 
-def test_the_wheel_holds_types_presets_and_metrics(wheel: Path) -> None:
+def test_the_wheel_holds_all_modules_types_and_presets(wheel: Path) -> None:
     names = zipfile.ZipFile(wheel).namelist()
+    modules = {str(path.relative_to(ROOT / "src")) for path in (ROOT / "src").rglob("*.py")}
+    assert {"ctrl_csc_hf/training/train.py", "ctrl_csc_hf/metrics/psnr/psnr.py"} <= modules <= set(names)
     assert "ctrl_csc_hf/py.typed" in names
-    assert {"ctrl_csc_hf/metrics/__init__.py", "ctrl_csc_hf/metrics/psnr/psnr.py"} <= set(names)
-    assert "ctrl_csc_hf/presets/cifar10.yaml" in names
+    presets = {f"ctrl_csc_hf/training/configs/{path.name}" for path in (ROOT / "training/configs").glob("*.yaml")}
+    assert "ctrl_csc_hf/training/configs/cifar10.yaml" in presets <= set(names)
     assert not [name for name in names if not name.startswith(("ctrl_csc_hf/", "ctrl_csc_hf-", "ctrl_csc_cli.py"))]
 
 

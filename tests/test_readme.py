@@ -3,7 +3,6 @@
 So does the Python of docs/metrics.md.
 """
 
-import importlib
 import os
 import re
 import shlex
@@ -21,7 +20,6 @@ from accelerate.commands.launch import launch_command_parser
 from demo import write_digits
 from hub_server import HubServer
 from PIL import Image
-from transformers import HfArgumentParser
 from typer.main import get_command
 
 from ctrl_csc_cli import app
@@ -146,13 +144,12 @@ def test_training_and_evaluation_commands_run_on_local_copies(folder: Path, cifa
 
 
 def test_commands_in_docs_are_such_commands_with_settings_that_exist() -> None:
-    from ctrl_csc_hf.training.settings import parse_settings
+    from ctrl_csc_hf.training.evaluate import EvaluationSettings
+    from ctrl_csc_hf.training.settings import SettingsParser, parse_settings
 
     parsers = {
         "train": parse_settings,
-        "evaluate": HfArgumentParser(
-            importlib.import_module("ctrl_csc_hf.training.evaluate").EvaluationSettings
-        ).parse_args,
+        "evaluate": SettingsParser(EvaluationSettings).parse_args,
     }
     launches = launch_command_parser()
     described = cache(lambda script: run([sys.executable, str(ROOT / script), "--help"], ROOT).stdout)

@@ -21,10 +21,10 @@ from typer.testing import CliRunner
 from ctrl_csc_cli import app
 from ctrl_csc_hf import CtrlCscImageProcessor, CtrlCscPipeline
 from ctrl_csc_hf.hub.publishing import export
+from ctrl_csc_hf.inspection.neighbours import nearest_images, neighbours_figure
 from ctrl_csc_hf.latents import fitting
 from ctrl_csc_hf.latents.encoding import EncodedBatch, encode_dataset
 from ctrl_csc_hf.latents.fitting import fit_sampler
-from ctrl_csc_hf.latents.neighbours import nearest_images, neighbours_figure
 from ctrl_csc_hf.models.sampling import LatentSampler, low_rank_factor
 
 

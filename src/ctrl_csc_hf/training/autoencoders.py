@@ -44,11 +44,16 @@ def load_model(path_or_repository: str, device: torch.device | str) -> CtrlCscMo
 
 
 def autoencoder(model: CtrlCscModel) -> Autoencoder:
+    def codes(x: Tensor) -> tuple[Tensor, ...]:
+        found = model.encode(x, output_codes=True).codes
+        assert found is not None
+        return found
+
     is_sparse = not isinstance(model, baselines.ConvolutionalModel)
     return Autoencoder(
         encode=lambda x: model.encode(x).latents,
         decode=lambda z: model.decode(z).reconstruction,
-        codes=(lambda x: model.encode(x, output_codes=True).codes) if is_sparse else None,
+        codes=codes if is_sparse else None,
         energy_excess=partial(energy_excess, model) if is_sparse else None,
     )
 
@@ -59,6 +64,7 @@ def energy_excess(model: CtrlCscModel, images: Tensor) -> dict[str, float]:
     """
     encoder = model.encoder
     encoded = encoder(images, output_codes=True, output_normalized_codes=True)
+    assert encoded.codes is not None and encoded.normalized_codes is not None
     signals = (encoder.first_signal(images)[0], *encoded.normalized_codes)
     excess = {}
     for index, (stage, signal, codes) in enumerate(zip(encoder.stages, signals, encoded.codes, strict=False), 1):

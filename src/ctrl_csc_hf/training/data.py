@@ -11,7 +11,7 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from itertools import islice, product
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import datasets
 import numpy as np
@@ -39,8 +39,6 @@ logger = logging.getLogger(__name__)
 # datasets 5 sleeps 5 s after every shuffled epoch of Parquet files, against a crash of Arrow at the exit of
 # programs that leave a stream half read; here every epoch has an owner that closes it first.
 datasets.config.SLEEP_TIME_ON_THREADS_SHUTDOWN = 0
-
-Augmentation = Literal["none", "flip", "crop_and_flip"]
 
 HELD_OUT_SPLITS = ("validation", "valid", "val", "dev", "test")  # of train.py, in this order, where none is named
 AUGMENTATIONS = ("none", "flip", "crop_and_flip")
@@ -79,15 +77,18 @@ class ImageSource:
     cache_dir: str | None = None
 
     def __post_init__(self) -> None:
-        if self.dataset_name is None and self.train_data_dir is None:
-            raise ValueError("dataset_name or train_data_dir must be given, got neither")
-        if self.dataset_name is None and not Path(self.train_data_dir).is_dir():
-            raise ValueError(f"train_data_dir must be a folder, got {self.train_data_dir!r}")
+        if self.dataset_name is None:
+            if self.train_data_dir is None:
+                raise ValueError("dataset_name or train_data_dir must be given, got neither")
+            if not Path(self.train_data_dir).is_dir():
+                raise ValueError(f"train_data_dir must be a folder, got {self.train_data_dir!r}")
 
     @property
     def place(self) -> str:
         """Path or Hub id."""
-        return self.dataset_name or self.train_data_dir
+        place = self.dataset_name or self.train_data_dir
+        assert place is not None
+        return place
 
 
 def load_images(source: ImageSource, *others: str | None) -> ImageDataset:
@@ -146,8 +147,10 @@ def load_splits(
             _, class_column = find_columns(features, class_source.image_column, class_source.label_column)
         images = load_images(source, class_column)
         image_column, label_column = find_columns(images.features, source.image_column, source.label_column)
-        columns = {"image_column": image_column, "label_column": class_column if class_source else label_column}
-        return *hold_out(images, num_held_out, **columns, seed=seed), source.split
+        if class_source:
+            label_column = class_column
+        rest, held_out = hold_out(images, num_held_out, image_column=image_column, label_column=label_column, seed=seed)
+        return rest, held_out, source.split
     images, names = load_images(source), split_names(source)
     if unknown := set(re.split(r"\[.*?\]|\+", validation_split)) - {"", *names}:
         raise ValueError(f"the split of the held-out images must be one of {names}, got {sorted(unknown)}")
@@ -186,7 +189,7 @@ def identify(
     for kind, images in parts.items():
         digest = hashlib.blake2b(digest_size=16)
         for row in _identifying_rows(images):
-            digest.update(repr(row.get(label_column)).encode())
+            digest.update(repr(row.get(label_column) if label_column else None).encode())
             with suppress(Exception):  # what cannot be read identifies nothing
                 digest.update(image_bytes(row[image_column]))
         identity[f"digest of sampled {kind} images and labels"] = digest.hexdigest()
@@ -242,7 +245,7 @@ def number_classes(label_column: str, *parts: Sequence[int | None]) -> tuple[lis
         raise ValueError(f"label_column={label_column!r} holds {'null' if None in unknown else values[0]}")
     if len(values) < 2:
         raise ValueError(f"label_column={label_column!r} holds no value but {values[0]}")
-    places = {value: place for place, value in enumerate(values)}
+    places: dict[int | None, int] = {value: place for place, value in enumerate(values)}
     return values, [torch.tensor([places[label] for label in part]) for part in parts]
 
 
@@ -311,16 +314,16 @@ def hold_out(
     rows: Iterable[tuple[str, dict[str, Any]]]
     if isinstance(dataset, datasets.IterableDataset):
 
-        def content(_: str, row: dict[str, Any]) -> Any:
+        def content(key: str, row: dict[str, Any]) -> Any:
             return _digest(row[image_column])
 
         def visit(row: dict[str, Any]) -> None:
-            contents[row.get(label_column)].add(content("", row))
+            contents[row.get(label_column) if label_column else None].add(content("", row))
 
         rows, size = reservoir(dataset, count, seed, visit, at_least=HELD_OUT_OF * count)
     else:
 
-        def content(key: str, _: dict[str, Any]) -> Any:
+        def content(key: str, row: dict[str, Any]) -> Any:
             return int(key)
 
         rows, size = draw_rows(dataset, count, seed), len(dataset)
@@ -368,7 +371,7 @@ def _digest(encoded: dict[str, Any] | None) -> bytes:
 def decode(
     encoded: dict[str, Any] | None,
     image_size: int,
-    augmentation: Augmentation = "none",
+    augmentation: str = "none",
     generator: random.Random | None = None,
 ) -> np.ndarray:
     """An encoded image as a square RGB one, (3, image_size, image_size), uint8.
@@ -379,7 +382,7 @@ def decode(
     Args:
         augmentation: "none"; "flip", left to right for half of the images; or "crop_and_flip", that and a crop of
             half to all of the area.
-        generator: of the augmentation.
+        generator: of the augmentation, which needs one.
 
     Raises:
         Exception: what PIL raises, of nearly every kind, for what it cannot read.
@@ -391,6 +394,7 @@ def decode(
         image = as_rgb(image)
     width, height = image.size
     if augmentation == "crop_and_flip":
+        assert generator is not None
         box, size = _random_box(width, height, generator), (image_size, image_size)
     else:
         box, size = (0.0, 0.0, width, height), _shorter_side(width, height, image_size)
@@ -404,8 +408,10 @@ def decode(
         image = image.resize(size, RESAMPLE, box)
     left, top = (image.width - image_size) // 2, (image.height - image_size) // 2
     image = image.crop((left, top, left + image_size, top + image_size))
-    if augmentation != "none" and generator.random() < 0.5:
-        image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+    if augmentation != "none":
+        assert generator is not None
+        if generator.random() < 0.5:
+            image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
     return np.asarray(image).transpose(2, 0, 1)
 
 

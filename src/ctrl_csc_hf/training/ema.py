@@ -100,7 +100,8 @@ def held_out_figures(
     """
     was_training = model.training
     model.eval()
-    psnr, latents, reconstructed, reconstructions = [], [], [], []
+    psnr, latents, reconstructed = [], [], []
+    reconstructions: list[Tensor] = []
     for batch in images.split(batch_size):
         batch = batch.to(model.device)
         output = model(batch, output_reconstructed_latents=True, return_dict=True)

@@ -32,12 +32,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from tqdm.auto import tqdm
-from transformers import HfArgumentParser
 
 from ctrl_csc_hf import CtrlCscModel
 from ctrl_csc_hf.hub.records import read_object
 from ctrl_csc_hf.inspection.visualization import correlation_map, image_table
-from ctrl_csc_hf.latents.encoding import draw_images, find_columns
+from ctrl_csc_hf.latents.encoding import ImageDataset, draw_images, find_columns
 from ctrl_csc_hf.metrics import (
     ClosedLoopConsistency,
     CodeSparsity,
@@ -57,7 +56,6 @@ from ctrl_csc_hf.metrics import (
 from .autoencoders import Autoencoder, autoencoder, diffusers_autoencoder, linear_rivals, load_model
 from .data import (
     HELD_OUT_SPLITS,
-    ImageDataset,
     ImageSource,
     decode,
     find_held_out_split,
@@ -70,7 +68,7 @@ from .data import (
 )
 from .ema import GRID_IMAGES
 from .run import figure_records, one_line_errors, readable, save_grid, training_settings
-from .settings import check_output_dir, hub_id, option
+from .settings import SettingsParser, check_output_dir, hub_id, option
 from .stream import ImageLoader, ImageStream
 
 logger = logging.getLogger(__name__)
@@ -168,12 +166,25 @@ class EvaluationSettings:
 
 
 @dataclass(frozen=True)
+class ProbeData:
+    """
+    classes: values of the labels, in order.
+    labels: of the test images, (n,), places among the classes.
+    training_images: (m, 3, s, s), with training_labels (m,), in the same form.
+    """
+
+    classes: list[int]
+    labels: Tensor
+    training_images: Tensor
+    training_labels: Tensor
+
+
+@dataclass(frozen=True)
 class Images:
     """What is measured on, and what rivals and probes are fitted on.
 
     test: (n, 3, s, s), in random order; split: where it is from; training: the rows to fit on.
-    classes: values of the labels, in order; labels: (n,), places among these; probed: training images and their labels,
-        in the same form. None where there is no probe.
+    probed: labels of these and what probes learn from; None where there is no probe.
     held_out: whether the test images are of the data set that the model was trained on, and no training images.
     recorded: whether they are held out, or of another data set with an id of its own on the Hub: a card tells these.
     """
@@ -182,9 +193,7 @@ class Images:
     split: str
     training: ImageDataset
     image_column: str
-    classes: list[int] | None
-    labels: Tensor | None
-    probed: tuple[Tensor, Tensor] | None
+    probed: ProbeData | None
     held_out: bool
     recorded: bool
 
@@ -192,8 +201,8 @@ class Images:
 @torch.inference_mode()
 def main(settings: EvaluationSettings) -> dict[str, dict[str, Any]]:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    models = {MODEL: settings.model} | dict(map(named_path, settings.rivals or ()))
-    models = {name: load_model(path, device) for name, path in models.items()}
+    named = [(MODEL, settings.model), *map(named_path, settings.rivals or ())]
+    models = {name: load_model(path, device) for name, path in named}
     dims = {model.config.latent_dim for model in models.values()}
     sizes = {model.config.image_size for model in models.values()}
     if len(sizes) > 1:
@@ -234,7 +243,7 @@ def main(settings: EvaluationSettings) -> dict[str, dict[str, Any]]:
     for name, rival in autoencoders.items():
         figures = measure(rival, images.test, features, settings.num_frechet_images, device, name)
         if images.probed is not None and name != "mean image":
-            figures |= probe(rival, images, device)
+            figures |= probe(rival, images.test, images.probed, device)
         if unseen is not None:
             figures |= measure_unseen(rival, unseen, images.test[: len(unseen)], device)
         results[name] = figures
@@ -271,7 +280,9 @@ def is_training_data(settings: EvaluationSettings, trained_with: dict[str, Any])
         return True
     here = settings.train_data_dir or settings.dataset_name
     there = trained_with.get("train_data_dir") or trained_with.get("dataset_name")
-    return there is not None and Path(there).exists() and Path(here).resolve() == Path(there).resolve()
+    if here is None or there is None or not Path(there).exists():
+        return False
+    return Path(here).resolve() == Path(there).resolve()
 
 
 def are_same_images(source: ImageSource, trained_with: dict[str, Any], split: str) -> bool:
@@ -354,18 +365,19 @@ def load_data(settings: EvaluationSettings, image_size: int) -> Images:
         return to_pixel_values(torch.from_numpy(np.stack(images))), labels
 
     pixels, labels = draw_pixels(test, settings.num_images)
-    classes, numbered, probed = None, None, None
+    probed = None
     if label_column is None or labels is None:
         logger.warning("There is no column of labels, so no probe: --label_column names one")
     else:
-        probed_pixels, probed_labels = draw_pixels(training, settings.num_probe_images)
+        training_pixels, training_labels = draw_pixels(training, settings.num_probe_images)
+        assert training_labels is not None
         try:
-            classes, (numbered, probed_classes) = number_classes(label_column, labels, probed_labels)
-            probed = probed_pixels, probed_classes
+            classes, (test_places, training_places) = number_classes(label_column, labels, training_labels)
+            probed = ProbeData(classes, test_places, training_pixels, training_places)
         except ValueError as error:
             logger.warning("%s, so there is no probe", error)
     recorded = held_out if of_training_data else has_other_id
-    return Images(pixels, split, training, image_column, classes, numbered, probed, held_out, recorded)
+    return Images(pixels, split, training, image_column, probed, held_out, recorded)
 
 
 def training_batches(images: Images, image_size: int, device: torch.device) -> Iterator[Tensor]:
@@ -444,19 +456,20 @@ def in_features(figure: str, model: VisionFeatures) -> str:
     return f"{figure}, features of {model.name}"
 
 
-def probe(rival: Autoencoder, images: Images, device: torch.device) -> dict[str, float]:
+def probe(rival: Autoencoder, test: Tensor, data: ProbeData, device: torch.device) -> dict[str, float]:
     """Accuracies of classifiers of the latents, and of the stages' codes, learned from training images and labels."""
     inputs = {"": rival.encode}
-    if rival.codes is not None:
+    codes_of = rival.codes
+    if codes_of is not None:
         inputs["codes_"] = lambda x: torch.cat(
-            [F.adaptive_avg_pool2d(codes, POOLED).flatten(1) for codes in rival.codes(x)], dim=1
+            [F.adaptive_avg_pool2d(codes, POOLED).flatten(1) for codes in codes_of(x)], dim=1
         )
-    figures = {}
+    figures: dict[str, float] = {}
     for prefix, features in inputs.items():
-        statistic = LatentProbe(len(images.classes))
-        for x, y in zip(*(part.split(BATCH_SIZE) for part in images.probed), strict=True):
+        statistic = LatentProbe(len(data.classes))
+        for x, y in zip(data.training_images.split(BATCH_SIZE), data.training_labels.split(BATCH_SIZE), strict=True):
             statistic.fit_update(features(x.to(device)), y)
-        for x, y in zip(images.test.split(BATCH_SIZE), images.labels.split(BATCH_SIZE), strict=True):
+        for x, y in zip(test.split(BATCH_SIZE), data.labels.split(BATCH_SIZE), strict=True):
             statistic.update(features(x.to(device)), y)
         figures |= {prefix + name: value for name, value in statistic.compute().items()}
     return figures
@@ -566,9 +579,10 @@ def draw(
     x = images.test[:MAPPED].to(device)
     z = ours.encode(x)
     zh = ours.encode(ours.decode(z))
-    labels = None if images.labels is None else images.labels[:MAPPED]
-    names = None if images.classes is None else list(map(str, images.classes))
-    figure = correlation_map(z.cpu(), labels, zh.cpu(), names)
+    labels, classes = None, None
+    if images.probed is not None:
+        labels, classes = images.probed.labels[:MAPPED], list(map(str, images.probed.classes))
+    figure = correlation_map(z.cpu(), labels, zh.cpu(), classes)
     figure.savefig(output_dir / "correlations.png", dpi=120)
 
 
@@ -602,8 +616,8 @@ def print_table(results: dict[str, dict[str, Any]]) -> None:
 def launch(arguments: list[str] | None = None) -> None:
     """The program: reads its flags, and tells an error in one line."""
     with one_line_errors():
-        (settings,) = HfArgumentParser(EvaluationSettings).parse_args_into_dataclasses(arguments)
-        main(settings)
+        parser = SettingsParser(EvaluationSettings, description="Measures a model on held-out images.")
+        main(EvaluationSettings(**vars(parser.parse_args(arguments))))
 
 
 if __name__ == "__main__":

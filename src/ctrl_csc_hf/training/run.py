@@ -176,10 +176,10 @@ class TrainingState:
             for name, optimizer in self._all_optimizers().items():
                 groups = optimizer.state_dict()["param_groups"]
                 optimizer.load_state_dict({"state": states[name], "param_groups": groups})
-                for parameter, moments in optimizer.state.items():  # one kernel goes over both, in the order of memory
+                for weights, moments in optimizer.state.items():  # one kernel goes over both, in the order of memory
                     for moment, value in moments.items():
-                        if value.shape == parameter.shape:
-                            moments[moment] = torch.empty_like(parameter).copy_(value)
+                        if value.shape == weights.shape:
+                            moments[moment] = torch.empty_like(weights).copy_(value)
             for index, weights in enumerate(self.average.weights if self.average else ()):
                 weights.copy_(tensors[f"average.{index}"])
         for name, descent in self.descents.items():
@@ -324,8 +324,11 @@ def sync(path: Path) -> None:
 
 def checkpoints(output_dir: Path) -> list[Path]:
     """The checkpoints of a run, oldest first; other folders and files may lie beside them."""
-    steps = {path: re.fullmatch(r"checkpoint-(-?\d+)", path.name) for path in output_dir.glob("checkpoint-*")}
-    return sorted((p for p, step in steps.items() if step and p.is_dir()), key=lambda p: int(steps[p][1]))
+    steps = {}
+    for path in output_dir.glob("checkpoint-*"):
+        if (step := re.fullmatch(r"checkpoint-(-?\d+)", path.name)) and path.is_dir():
+            steps[path] = int(step[1])
+    return sorted(steps, key=steps.__getitem__)
 
 
 def find_checkpoint(output_dir: Path, wanted: str) -> Path:
@@ -367,9 +370,9 @@ def one_line_errors() -> Iterator[None]:
         print("Stopped", file=sys.stderr)
         sys.exit(130)
     except HTTPError as error:
-        if not isinstance(error, OSError):  # as what the Hub refuses is
-            error = OSError(f"the Hub at {constants.ENDPOINT} does not answer: {error}")
-        sys.exit(f"{type(error).__name__}: {error}")
+        if isinstance(error, OSError):  # as what the Hub refuses is
+            sys.exit(f"{type(error).__name__}: {error}")
+        sys.exit(f"OSError: the Hub at {constants.ENDPOINT} does not answer: {error}")
     except (OSError, ValueError, FloatingPointError, DatasetsError) as error:
         reason = f": {error.__cause__}" if isinstance(error, DatasetsError) and error.__cause__ else ""
         sys.exit(f"{type(error).__name__}: {error}{reason}")
@@ -422,7 +425,7 @@ def save_model(
         "figures": figure_records(figures, **measured, measured_by="training/train.py"),
     }
     record = {"changed_on_resume": history.changes, "images": state.images}
-    samples = {sample_path(output_dir, record["step"]) for record in history.records}
+    samples = {sample_path(output_dir, int(record["step"])) for record in history.records}
     with replacing_model(output_dir, model, keep=samples) as folder:
         model.save_pretrained(folder)
         processor.save_pretrained(folder)

@@ -1,10 +1,9 @@
 """Settings of a training run: one dataclass, filled from a YAML preset and from flags, which override it."""
 
-import argparse
 from contextlib import suppress
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any, get_args, get_origin, get_type_hints
+from typing import Any, NoReturn, get_args, get_origin, get_type_hints
 
 from transformers import HfArgumentParser
 
@@ -245,18 +244,25 @@ class TrainingSettings:
         )
 
 
+class SettingsParser(HfArgumentParser):
+    """Raises a ValueError for wrong flags, which a program tells in one line, without the usage of all settings."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ValueError(f"{message}; --help lists the settings")
+
+
 def parse_settings(arguments: list[str] | None = None) -> tuple[TrainingSettings, CtrlCscConfig]:
     """Reads flags and the preset that `--config` names, a YAML file or one of the package's presets.
 
     Raises:
-        ValueError: for an entry of the preset that is no setting, and for values that are not allowed.
+        ValueError: for a flag or an entry of the preset that is no setting, and for values that are not allowed.
     """
-    presets = argparse.ArgumentParser(add_help=False)
+    presets = SettingsParser(add_help=False)
     presets.add_argument("--config", default="cifar10", help="A YAML preset: a path, or a name of the package's.")
     chosen, rest = presets.parse_known_args(arguments)
     preset = load_preset(chosen.config)
 
-    parser = HfArgumentParser(TrainingSettings, parents=[presets], description="Trains CTRL-CSC.")
+    parser = SettingsParser(TrainingSettings, parents=[presets], description="Trains CTRL-CSC.")
     known = {entry.name for entry in fields(TrainingSettings)}
     fields_of = {"training": known, "model": {entry.name for entry in fields(CtrlCscConfig)}}
     for section, allowed in fields_of.items():

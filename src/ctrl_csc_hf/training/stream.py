@@ -23,7 +23,7 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from ctrl_csc_hf.latents.encoding import ROWS_AT_ONCE, ImageDataset, name_of, rows_of, undecoded
 
-from .data import AUGMENTATIONS, Augmentation, decode
+from .data import AUGMENTATIONS, decode
 
 logger = logging.getLogger(__name__)
 
@@ -110,7 +110,7 @@ class ImageStream(IterableDataset):
         image_column: str,
         label_column: str | None,
         image_size: int,
-        augmentation: Augmentation,
+        augmentation: str,
         shuffle_buffer: int,
         seed: int,
         rank: int = 0,

@@ -9,6 +9,7 @@ import os
 import sys
 from collections.abc import Callable
 from dataclasses import asdict, fields, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -353,6 +354,7 @@ def load_data(
 
     The configuration gets the names of the classes, where the data set has them.
     """
+    assert settings.streaming is not None
     source = ImageSource(
         dataset_name=settings.dataset_name,
         dataset_config_name=settings.dataset_config_name,
@@ -376,21 +378,21 @@ def load_data(
         config.label2id = {name: index for index, name in enumerate(names)}
     identity = identify(images, held_out_images, image_column, label_column)
     if settings.pretrained_model_name_or_path:
-        check_held_out_images(settings, source, split, identity)
+        check_held_out_images(settings.pretrained_model_name_or_path, settings, source, split, identity)
     if settings.objective != "multi":
         label_column = None
-    form = {"image_column": image_column, "image_size": config.image_size}
-    held_out = take_images(held_out_images, settings.num_validation_images, seed=settings.seed, **form)
-    calibration = take_images(images, CALIBRATION_IMAGES, seed=settings.seed, **form)
+    take = partial(take_images, image_column=image_column, image_size=config.image_size, seed=settings.seed)
+    held_out, calibration = take(held_out_images, settings.num_validation_images), take(images, CALIBRATION_IMAGES)
     stream = ImageStream(
         images,
+        image_column=image_column,
+        image_size=config.image_size,
         label_column=label_column,
         augmentation=settings.augmentation,
         shuffle_buffer=settings.shuffle_buffer,
         seed=settings.seed,
         rank=rank,
         world_size=world_size,
-        **form,
     )
     if settings.objective == "multi":
         if stream.num_classes is None:
@@ -407,11 +409,12 @@ def load_data(
 
 
 def check_held_out_images(
-    settings: TrainingSettings, source: ImageSource, split: str, identity: dict[str, Any]
+    name: str, settings: TrainingSettings, source: ImageSource, split: str, identity: dict[str, Any]
 ) -> None:
     """Refuses to go on from a model on the same images with other held-out ones: each run would train on the other's.
 
     Args:
+        name: of the model.
         source: of the training images.
         split: of the held-out images.
         identity: `identify` of both.
@@ -419,7 +422,6 @@ def check_held_out_images(
     Raises:
         ValueError: with the settings that hold out the same images.
     """
-    name = settings.pretrained_model_name_or_path
     trained_with = training_settings(name)
     known = trained_with.get("images", {})  # which older code has not recorded
     if all(identity.get(kind) == value for kind, value in known.items() if "held-out" in kind):

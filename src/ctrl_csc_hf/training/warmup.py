@@ -25,7 +25,9 @@ def sparse_coding_energy(model: CtrlCscModel, images: Tensor) -> Tensor:
 
     Each stage takes its signal as it comes: by the dictionary of a stage that codes little the next one's energy falls.
     """
-    return model.encode(images, output_energy=True, detach_signals=True).energy
+    energy = model.encode(images, output_energy=True, detach_signals=True).energy
+    assert energy is not None
+    return energy
 
 
 def deconvolution_error(model: CtrlCscModel, images: Tensor) -> Tensor:
@@ -95,12 +97,12 @@ def principal_directions(model: CtrlCscModel, images: Tensor, batch_size: int) -
         batch_size: images a batch of those.
     """
     last = model.encoder.last_stage
-    signals = torch.cat(
-        [
-            model.encode(batch, output_normalized_codes=True, update_statistics=False).normalized_codes[-1].flatten(1)
-            for batch in images.split(batch_size)
-        ]
-    ).float()
+    batches = []
+    for batch in images.split(batch_size):
+        codes = model.encode(batch, output_normalized_codes=True, update_statistics=False).normalized_codes
+        assert codes is not None
+        batches.append(codes[-1].flatten(1))
+    signals = torch.cat(batches).float()
     values, vectors = torch.linalg.eigh((signals @ signals.T).double())  # of the n x n matrix: n is the smaller
     count = min(len(last.dictionary), int((values > values[-1] * len(values) * torch.finfo(torch.float32).eps).sum()))
     values, vectors = values[-count:].flip(0), vectors[:, -count:].flip(1)
@@ -126,6 +128,7 @@ def invert_encoder(model: CtrlCscModel, images: Tensor) -> None:
         own.dictionary.copy_(theirs.dictionary)
     *sizes, _ = model.config.signal_sizes
     encoded = model.encode(images, output_codes=True, update_statistics=False)
+    assert encoded.codes is not None
     signal = decoder.last_stage.synthesize(encoded.latents[:, :, None, None], (sizes[-1], sizes[-1]))
     low = None
     for index in reversed(range(len(sizes) - 1)):

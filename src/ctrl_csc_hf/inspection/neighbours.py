@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from ..inspection.visualization import image_table
-from .encoding import EncodedBatch
+from ..latents.encoding import EncodedBatch
+from .visualization import image_table
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
