@@ -1,4 +1,4 @@
-"""Every code block of README.md runs: Python as it stands, commands with data and steps that CI has.
+"""Every code block of README.md and docs/use.md runs: Python as it stands, commands with data and steps that CI has.
 
 So does the Python of docs/metrics.md.
 """
@@ -27,7 +27,7 @@ from ctrl_csc_hf import CtrlCscConfig, CtrlCscImageProcessor, CtrlCscModel
 from ctrl_csc_hf.models.sampling import LatentSampler
 
 ROOT = Path(__file__).parents[1]
-README = (ROOT / "README.md").read_text(encoding="utf-8")
+README = "\n".join((ROOT / page).read_text(encoding="utf-8") for page in ("README.md", "docs/use.md"))
 PYTHON = re.findall(
     r"```python\n(.*?)```", README + (ROOT / "docs" / "metrics.md").read_text(encoding="utf-8"), re.DOTALL
 )
@@ -73,9 +73,9 @@ def test_the_two_commands_are_the_first_thing_and_make_knows_them() -> None:
 
 
 def test_reconstruct_command_runs(folder: Path) -> None:
-    (command,) = (command for command in COMMANDS if command.startswith("ctrl-csc reconstruct"))
-    run(shlex.split(command), folder)
-    assert (folder / "reconstruction.png").exists()
+    for command in (command for command in COMMANDS if command.startswith("ctrl-csc reconstruct")):
+        assert "dB" in run(shlex.split(command), folder).stdout
+    assert (folder / "reconstruction.png").exists() and (folder / "reconstructions.png").exists()
 
 
 def test_inspect_command_writes_pictures_and_the_page(folder: Path) -> None:
@@ -191,6 +191,7 @@ def test_git_ignores_what_the_blocks_write() -> None:
 
 def test_no_command_is_left_out() -> None:
     tested = (
+        "pip install",
         "make demo",
         "make test",
         "ctrl-csc reconstruct",

@@ -13,7 +13,6 @@ from ctrl_csc_hf.metrics import FeatureMoments
 
 from . import baselines  # registers its models for AutoModel
 
-
 STEPS_TO_THE_MINIMUM = 400
 
 

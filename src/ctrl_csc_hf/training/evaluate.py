@@ -13,7 +13,8 @@ images whose reconstruction's nearest latent, by cosine among those n, is their 
 Fréchet and kernel distance compare the reconstructions of the first `num_frechet_images` with those images, in each
 vision model's pooled features; feature_cosine is the mean cosine of these between an image and its reconstruction.
 Probe and nearest neighbours learn classes from latents of training images, and from the codes of all stages, averaged
-to 4x4. energy_excess_1 is how far the sparse-coding energy of the first stage's codes is above its minimum. Rates are in nats, of unit vectors, so they are left out where latents are none. "unseen" is another data set.
+to 4x4. energy_excess_1 is how far the sparse-coding energy of the first stage's codes is above its minimum. Rates are
+in nats, of unit vectors, so they are left out where latents are none. "unseen" is another data set.
 All images are drawn uniformly from their splits, in random order, by the seed.
 """
 
