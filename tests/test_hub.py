@@ -357,7 +357,7 @@ def test_with_the_package_no_remote_code_and_no_flag_is_needed_but_for_the_pipel
         )
     assert result.returncode == 0, result.stderr
     names = ("configuration", "modeling", "image_processing", "modeling", "modeling", "modeling", "image_processing")
-    assert result.stdout.strip() == str([f"ctrl_csc_hf.{name}_ctrl_csc" for name in names])
+    assert result.stdout.strip() == str([f"ctrl_csc_hf.models.{name}_ctrl_csc" for name in names])
 
 
 def test_publishing_again_uploads_nothing_and_a_change_keeps_the_old_revision(tmp_path: Path) -> None:
