@@ -16,6 +16,7 @@ from transformers import AutoModel
 from ctrl_csc_hf import CtrlCscConfig, CtrlCscImageProcessor, CtrlCscModel, CtrlCscPipeline
 from ctrl_csc_hf.hub.publishing import export
 from ctrl_csc_hf.models.sampling import LatentSampler
+from ctrl_csc_hf.models.tiling import in_tiles
 
 CONFIG = {
     "image_size": 16,
@@ -331,3 +332,31 @@ def test_without_diffusers_the_pipeline_names_the_extra_and_the_rest_works() -> 
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert result.stdout.strip() == "CtrlCscPipeline needs diffusers: pip install ctrl-csc-hf[pipeline]"
+
+
+@pytest.mark.parametrize("shape", [(16, 16), (40, 57), (16, 100), (7, 30), (5, 5)])
+def test_tiles_cover_every_pixel_and_overlap_without_seams(shape: tuple[int, int]) -> None:
+    image = torch.rand(3, *shape)
+    seen = []
+
+    def shifted(tiles: torch.Tensor) -> torch.Tensor:  # by 0 and 1 in turns: seams as high as they get
+        seen.append(tiles)
+        return tiles + (torch.arange(len(tiles)) % 2).view(-1, 1, 1, 1)
+
+    torch.testing.assert_close(in_tiles(lambda tiles: tiles, image, 16, 4), image)
+    steps = in_tiles(shifted, image, 16, 4) - image
+    assert seen[0].shape[1:] == (3, 16, 16) and steps.min() >= -1e-6 and steps.max() <= 1 + 1e-6
+    assert max(float(steps.diff(dim=dim).abs().max()) for dim in (1, 2)) <= 1 / 4 + 1e-5
+
+
+def test_with_tiling_images_keep_their_size_and_a_single_tile_is_the_reconstruction(pipe: CtrlCscPipeline) -> None:
+    generator = np.random.default_rng(0)
+    one, wide = (Image.fromarray(generator.integers(0, 256, (16, side, 3), dtype=np.uint8)) for side in (16, 50))
+    whole = pipe(one, output_type="pt").images
+    pipe.enable_tiling()
+    torch.testing.assert_close(pipe(one, output_type="pt").images, whole)
+    assert [image.size for image in pipe([one, wide]).images] == [one.size, wide.size]
+    with pytest.raises(ValueError, match="return_latents and return_codes must be False with tiling"):
+        pipe(one, return_latents=True)
+    pipe.disable_tiling()
+    assert pipe(wide).images[0].size == (16, 16)
