@@ -107,8 +107,13 @@ def reconstruct(
     images: Annotated[list[Path], typer.Argument(help="Image files.", exists=True, dir_okay=False)],
     model: Model,
     output: Annotated[Path, typer.Option(help="PNG file of the picture.")] = Path("reconstructions.png"),
+    tiles: Annotated[
+        bool, typer.Option("--tiles", help="Keep the size of the image, one, by overlapping tiles of the model's size.")
+    ] = False,
 ) -> None:
     """Writes the images above their reconstructions, and prints the PSNR of each, at the model's size."""
+    if tiles and len(images) > 1:
+        raise typer.BadParameter(f"must be one image with --tiles, got {len(images)}", param_hint="IMAGES")
     if output.suffix.lower() != ".png":
         raise typer.BadParameter(f"must end in .png, got {output}", param_hint="--output")
     import torch
@@ -116,14 +121,25 @@ def reconstruct(
 
     from ctrl_csc_hf.inspection.visualization import reconstruction_grid
     from ctrl_csc_hf.metrics import peak_signal_to_noise_ratio
+    from ctrl_csc_hf.models.tiling import TILE_OVERLAP, in_tiles
 
     loaded, processor = _load_model(model), _load_image_processor(model)
     paths = tqdm(images, desc="images read", disable=len(images) == 1)
-    pixels = [_read_image(path, "IMAGES", processor) for path in paths]
+    own_size = {"do_resize": False, "do_center_crop": False} if tiles else {}
+    pixels = [_read_image(path, "IMAGES", processor, **own_size) for path in paths]
+
+    def reconstruct_all(many: "Tensor") -> "Tensor":
+        return torch.cat([loaded(batch).reconstruction for batch in many.split(64)])
+
     try:
         originals = torch.cat(pixels)
         with torch.inference_mode():
-            reconstructions = torch.cat([loaded(batch).reconstruction for batch in originals.split(64)])
+            if tiles:
+                size = loaded.config.image_size
+                overlap = int(TILE_OVERLAP * size)
+                reconstructions = in_tiles(reconstruct_all, originals[0], size, overlap)[None]
+            else:
+                reconstructions = reconstruct_all(originals)
     except (ValueError, RuntimeError) as error:  # images of another size than the model's, or of several
         _stop(f"preprocessor_config.json of {model} must give images of the model's size: {error}")
     scale = max(1, 128 // originals.shape[-1])
@@ -427,13 +443,13 @@ def _load_image_processor(path_or_repository: str) -> "CtrlCscImageProcessor":
         ) from error
 
 
-def _read_image(path: Path, argument: str, processor: "CtrlCscImageProcessor") -> "Tensor":
-    """(1, 3, image_size, image_size), in [-1, 1]."""
+def _read_image(path: Path, argument: str, processor: "CtrlCscImageProcessor", **options: bool) -> "Tensor":
+    """(1, 3, image_size, image_size), in [-1, 1]; the processor gets the options."""
     from PIL import Image
 
     try:
         with Image.open(path) as image:
-            return processor(image, return_tensors="pt").pixel_values
+            return processor(image, return_tensors="pt", **options).pixel_values
     except Exception as error:  # PIL's decoders raise nearly everything on broken files
         raise typer.BadParameter(
             f"must be images that PIL reads and the model takes, got {path}: {error}", param_hint=argument

@@ -93,6 +93,20 @@ def test_reconstruct_writes_originals_above_reconstructions_and_prints_each_psnr
             assert np.abs(shown[row : row + 128][::8, ::8].astype(int) - expected).max() <= 1
 
 
+def test_with_tiles_an_image_keeps_its_size(model_folder: Path, photos: list[str], tmp_path: Path) -> None:
+    output = tmp_path / "grid.png"
+    arguments = ["reconstruct", photos[0], "--model", str(model_folder), "--output", str(output), "--tiles"]
+    result = CliRunner().invoke(app, arguments)
+    assert result.exit_code == 0, result.output
+    width, height = Image.open(photos[0]).size
+    shown, scale = np.asarray(Image.open(output)), max(1, 128 // width)
+    assert shown.shape == (2 * height * scale + 2, width * scale, 3)
+    own = np.asarray(Image.open(photos[0]).convert("RGB")).repeat(scale, 0).repeat(scale, 1)
+    assert np.abs(shown[: height * scale].astype(int) - own).max() <= 1
+    result = CliRunner().invoke(app, [*arguments, photos[1]])
+    assert result.exit_code == 2 and "must be one image with --tiles, got 2" in result.output
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -35,7 +35,7 @@ from .restoration import (
     missing_pixels_of_each,
 )
 from .sampling import LatentSampler
-from .tiling import in_tiles
+from .tiling import TILE_OVERLAP, in_tiles
 
 # diffusers 0.42 forgets `trust_remote_code` where it measures the components for device_map="balanced", but asks for no
 # such flag where their modules are among its own pipelines' modules.
@@ -44,7 +44,6 @@ setattr(diffusers.pipelines, SAMPLER_INDEX[SAMPLER][0], sys.modules[LatentSample
 
 HUB_KEYWORDS = ("revision", "token", "cache_dir", "force_download", "local_files_only")
 OUTPUT_TYPES = ("pil", "np", "pt")
-TILE_OVERLAP = 0.25  # of a tile's side
 LARGEST_SINE_OF_PARALLELS = 1e-4  # of unit vectors whose great circle is lost in rounding
 
 Images = list[Image.Image] | np.ndarray | Tensor

@@ -6,6 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+TILE_OVERLAP = 0.25  # of a tile's side: what photographs are reconstructed with
+
 
 def in_tiles(function: Callable[[Tensor], Tensor], image: Tensor, size: int, overlap: int) -> Tensor:
     """An image by a function of squares, which are laid over it evenly.
