@@ -1,7 +1,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: bench demo test lint clean
+.PHONY: bench checkpoints demo test lint clean
 
 # Trains on the embedded images and writes the results into demo/.
 demo: .venv/.installed
@@ -12,6 +12,10 @@ AGAINST ?= HEAD~1
 bench: .venv/.installed
 	$(BIN)/python benchmarks/bench.py $(BENCH)
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/step_times.py --repeats 9 --against $(AGAINST)
+
+# Copies the present code into the published models of checkpoints/; their weights stay.
+checkpoints: .venv/.installed
+	$(BIN)/python checkpoints/regenerate.py
 
 test: lint
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder

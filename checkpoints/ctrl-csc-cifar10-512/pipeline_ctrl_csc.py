@@ -35,6 +35,7 @@ from .restoration import (
     missing_pixels_of_each,
 )
 from .sampling import LatentSampler
+from .tiling import TILE_OVERLAP, in_tiles
 
 # diffusers 0.42 forgets `trust_remote_code` where it measures the components for device_map="balanced", but asks for no
 # such flag where their modules are among its own pipelines' modules.
@@ -87,6 +88,7 @@ class CtrlCscPipeline(DiffusionPipeline):
     sampler: Any
     denoiser: Any
     _optional_components = ["sampler", "denoiser"]
+    use_tiling = False
 
     def __init__(
         self,
@@ -103,6 +105,17 @@ class CtrlCscPipeline(DiffusionPipeline):
             denoiser=None if denoiser is None else denoiser.eval(),
         )
 
+    def enable_tiling(self) -> None:
+        """From now on `__call__` gives images back in their own size, made of tiles of the model's size.
+
+        Neighbouring tiles overlap by a quarter of their side, and are blended there, see `in_tiles`.
+        """
+        self.use_tiling = True
+
+    def disable_tiling(self) -> None:
+        """From now on `__call__` resizes and crops images to the model's size again."""
+        self.use_tiling = False
+
     @torch.no_grad()
     def __call__(
         self,
@@ -113,21 +126,30 @@ class CtrlCscPipeline(DiffusionPipeline):
         return_codes: bool = False,
         return_dict: bool = True,
     ) -> CtrlCscPipelineOutput | tuple:
-        """Reconstructs images.
+        """Reconstructs images, in the model's size or, after `enable_tiling`, in their own.
 
         Args:
             image: what the image processor takes: an image, a batch, or a list of these.
             batch_size: images that go through the model at once.
-            output_type: of the images: "pil", "np" or "pt".
-            return_latents, return_codes: whether to return these too.
+            output_type: of the images: "pil", "np" or "pt". With tiling, images of different sizes are a list.
+            return_latents, return_codes: whether to return these too; not with tiling, where each tile has its own.
             return_dict: whether to return a `CtrlCscPipelineOutput` rather than a tuple of what it holds.
 
         Raises:
-            ValueError: for another `output_type`, a `batch_size` below 1, and images that the processor refuses.
+            ValueError: for another `output_type`, a `batch_size` below 1, images that the processor refuses, and
+                latents or codes asked for with tiling.
             TypeError: for what is no image.
         """
         # 1. Check the arguments
         self._check(batch_size, output_type)
+        if self.use_tiling:
+            if return_latents or return_codes:
+                raise ValueError(
+                    "return_latents and return_codes must be False with tiling, as each tile has latents and codes of "
+                    "its own; disable_tiling() first"
+                )
+            images = self._reconstruct_in_tiles(image, batch_size, output_type)
+            return CtrlCscPipelineOutput(images=images) if return_dict else (images,)
 
         # 2. Images to pixels in [-1, 1]
         pixel_values = self._preprocess(image)
@@ -147,6 +169,17 @@ class CtrlCscPipeline(DiffusionPipeline):
             codes=tuple(torch.cat(stage) for stage in zip(*codes, strict=True)) if return_codes else None,
         )
         return output if return_dict else output.to_tuple()
+
+    def _reconstruct_in_tiles(self, image: Any, batch_size: int, output_type: str) -> Any:
+        def reconstruct(tiles: Tensor) -> Tensor:
+            return torch.cat([self.model(batch).reconstruction for batch in tiles.split(batch_size)])
+
+        size = self.model.config.image_size
+        tiled = [
+            in_tiles(reconstruct, pixels, size, int(TILE_OVERLAP * size))[None]
+            for pixels in self.progress_bar(self._pixels_in_own_size(image, self.model))
+        ]
+        return self._postprocess_in_own_size(tiled, output_type)
 
     @torch.no_grad()
     def denoise(
@@ -173,7 +206,7 @@ class CtrlCscPipeline(DiffusionPipeline):
         """
         self._check(batch_size, output_type)
         if self.denoiser is not None:
-            batches = self._batches_in_own_size(self._pixels_in_own_size(image), batch_size)
+            batches = self._batches_in_own_size(self._pixels_in_own_size(image, self.denoiser), batch_size)
             restored = [self.denoiser.denoise(batch, noise_std) for batch in self.progress_bar(batches)]
             return self._postprocess_in_own_size(restored, output_type)
         sparsity = denoising_sparsity(self.model.config, noise_std)
@@ -181,10 +214,10 @@ class CtrlCscPipeline(DiffusionPipeline):
         denoised = torch.cat([denoise(self.model, batch, sparsity) for batch in batches])
         return self.image_processor.postprocess(denoised, output_type=output_type)
 
-    def _pixels_in_own_size(self, image: Any) -> list[Tensor]:
-        """(3, H, W) of each image, pixels in [-1, 1]."""
+    def _pixels_in_own_size(self, image: Any, component: Any) -> list[Tensor]:
+        """(3, H, W) of each image, pixels in [-1, 1], where and as the component has its weights."""
         own = self.image_processor(image, do_resize=False, do_center_crop=False).pixel_values
-        return [torch.as_tensor(pixels).to(self.denoiser.device, self.denoiser.dtype) for pixels in own]
+        return [torch.as_tensor(pixels).to(component.device, component.dtype) for pixels in own]
 
     @staticmethod
     def _batches_in_own_size(tensors: list[Tensor], batch_size: int) -> list[Tensor]:
@@ -249,7 +282,7 @@ class CtrlCscPipeline(DiffusionPipeline):
         """
         self._check(batch_size, output_type)
         if self.denoiser is not None:
-            own = self._pixels_in_own_size(image)
+            own = self._pixels_in_own_size(image, self.denoiser)
             masks = missing_pixels_of_each(mask, [(one.shape[1], one.shape[2]) for one in own])
             pairs = zip(
                 self._batches_in_own_size(own, batch_size),

@@ -283,6 +283,14 @@ class CtrlCscEncoder(CtrlCscPreTrainedModel):
             if not _is_loaded(module.weight):
                 module.weight[stage.code_channels :] = LOW_PASS_GAIN
 
+    def first_signal(self, pixel_values: Tensor) -> tuple[Tensor, Tensor | None]:
+        """What the first stage codes, of the images' shape, and the low pass (n, C, h, w) that goes with its codes."""
+        if not self.config.low_pass:
+            return pixel_values, None
+        low = self.stages[0].low_pass(pixel_values)
+        size = (self.config.image_size, self.config.image_size)
+        return (pixel_values - self.stages[0].interpolate(low, size)) / self.signal_unit, low
+
     @can_return_tuple
     def forward(
         self,
@@ -321,12 +329,7 @@ class CtrlCscEncoder(CtrlCscPreTrainedModel):
             )
         self._check_batch("pixel_values", pixel_values)
         output_hidden_states = self._wants_hidden_states(output_hidden_states)
-        signal = pixel_values.to(self.dtype)
-        low = None
-        if self.config.low_pass:
-            low = self.stages[0].low_pass(signal)
-            size = (self.config.image_size, self.config.image_size)
-            signal = (signal - self.stages[0].interpolate(low, size)) / self.signal_unit
+        signal, low = self.first_signal(pixel_values.to(self.dtype))
         all_codes: tuple[Tensor, ...] = ()
         all_normalized: tuple[Tensor, ...] = ()
         energy = signal.new_zeros(signal.shape[0]) if output_energy else None
