@@ -1,4 +1,4 @@
-"""`make checkpoints`: brings the code, cards and configurations of the models in this folder up to date; weights stay."""
+"""`make checkpoints`: brings code, cards and configurations of the models here up to date; weights stay as they are."""
 
 import shutil
 from pathlib import Path
