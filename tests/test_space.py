@@ -341,6 +341,7 @@ def test_the_api_has_an_endpoint_for_each_tab_and_no_other(tmp_path: Path, photo
     first, second = map(handle_file, photos)
     calls = {
         "/reconstruct": {"image": first, "stage": 1},
+        "/photograph": {"image": first},
         "/look_inside": {"image": first, "stage": 1},
         "/denoise": {"image": first, "noise_std": 0.2},
         "/complete": {"image": first, "share": 0.5, "seed": 1},
@@ -365,6 +366,10 @@ def test_the_api_has_an_endpoint_for_each_tab_and_no_other(tmp_path: Path, photo
     ):
         picture = np.asarray(small(Image.open(found), expected.height)).astype(int)
         assert np.abs(picture - np.asarray(expected)).max() <= 1
+    pipe.enable_tiling()
+    tiled = pipe(images[0]).images[0]
+    assert np.array_equal(np.asarray(Image.open(answers["/photograph"][0])), np.asarray(tiled))
+    assert tiled.size == images[0].size and "at 60x40 pixels" in answers["/photograph"][1]
     assert answers["/denoise"][3].startswith("PSNR: with noise")
     assert "atoms of stage 1" in answers["/look_inside"][1]
 
@@ -431,6 +436,7 @@ def test_without_an_image_every_tab_is_empty(photos: list[Path]) -> None:
     pipe = a_pipeline(trained_model(False))
     for function, arguments in (
         ("reconstruct", (1,)),
+        ("photograph", ()),
         ("look_inside", (1,)),
         ("denoise", (0.2,)),
         ("complete", (0.5, 0)),

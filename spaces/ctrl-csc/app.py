@@ -5,6 +5,7 @@ It runs without ctrl_csc_hf: the repository brings its own code. `ctrl-csc demo`
 
 import os
 from collections.abc import Callable
+from copy import copy
 from functools import partial, wraps
 from itertools import pairwise
 from pathlib import Path
@@ -19,6 +20,7 @@ from PIL import Image
 
 SHOWN_SIDE = 384  # pixels that a picture has at least on the page: a model's images may be 32 pixels wide
 NUM_FRAMES = 21  # positions of the interpolation's slider
+LARGEST_PHOTOGRAPH = 1024  # pixels of its longer side; larger ones are made smaller
 GAP = 1  # pixels between the maps of two atoms, and between samples
 SHOWN_ATOMS = 7
 SAMPLES = (4, 8)  # rows and columns
@@ -71,6 +73,13 @@ def build(pipe: DiffusionPipeline, examples: list[str]) -> gr.Blocks:
             stage = gr.Radio(stages, value=1, label="Stage whose codes are shown")
             maps = _shown("Codes of this stage, a map for each atom, most active first; white: zero", "codes", 440)
             on([image.change, stage.change], reconstruct, [image, stage], [*outputs, maps, figures])
+        with gr.Tab("Photographs"):
+            with gr.Row():
+                image = _given("Your photograph", "photograph")
+                tiled = _shown("Reconstructed in its own size, in overlapping tiles", "tiled", 440, scale=2)
+            figures = gr.Markdown(elem_id="tiled_figures")
+            offer(examples, [image])
+            on([image.change], photograph, [image], [tiled, figures], "full")
         with gr.Tab("Look inside"):
             with gr.Row():
                 image = _given("Your image", "inside_image")
@@ -136,6 +145,23 @@ def reconstruct(pipe: DiffusionPipeline, image: Image.Image | None, stage: int) 
         f"its {codes.numel():,} codes are not zero."
     )
     return *pictures, _picture(0.5 + (original - output.images[0]) / 2), _maps(codes), figures
+
+
+def photograph(pipe: DiffusionPipeline, image: Image.Image | None) -> tuple[Any, ...]:
+    """The reconstruction of a photograph in its own size, and figures."""
+    if image is None:
+        return None, ""
+    pixels = pipe.image_processor(image, do_resize=False, do_center_crop=False, return_tensors="pt").pixel_values
+    original = pipe.image_processor.postprocess(pixels)[0]
+    original.thumbnail((LARGEST_PHOTOGRAPH, LARGEST_PHOTOGRAPH))
+    in_tiles = copy(pipe)  # other visitors' calls go on without tiles
+    in_tiles.enable_tiling()
+    reconstruction = in_tiles(original).images[0]
+    figures = (
+        f"PSNR {_psnr(original, reconstruction):.2f} dB at {original.width}x{original.height} pixels; each tile of "
+        f"{pipe.model.config.image_size}x{pipe.model.config.image_size} is {pipe.model.config.latent_dim} numbers."
+    )
+    return reconstruction, figures
 
 
 def look_inside(pipe: DiffusionPipeline, image: Image.Image | None, stage: int) -> tuple[Any, ...]:
