@@ -1,7 +1,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: bench demo test lint clean
+.PHONY: bench demo docs test lint clean
 
 # Trains on the embedded images and writes the results into demo/.
 demo: .venv/.installed
@@ -12,6 +12,10 @@ AGAINST ?= HEAD~1
 bench: .venv/.installed
 	$(BIN)/python benchmarks/bench.py $(BENCH)
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/step_times.py --repeats 9 --against $(AGAINST)
+
+# The pages of the site, into site/index.html.
+docs: .venv/.installed
+	$(BIN)/mkdocs build --strict
 
 test: lint
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder
@@ -28,4 +32,4 @@ lint: .venv/.installed
 	touch $@
 
 clean:
-	rm -rf .venv demo build dist .mypy_cache .pytest_cache .ruff_cache
+	rm -rf .venv demo build dist site .mypy_cache .pytest_cache .ruff_cache
