@@ -335,10 +335,10 @@ def test_a_card_written_under_a_latin_1_locale_is_read_again(checkpoint: Path, t
     locale = tmp_path / "en_US.ISO-8859-1"
     subprocess.run(["localedef", "-i", "en_US", "-f", "ISO-8859-1", str(locale)], check=True)
     code = (
-        "import locale, sys; from ctrl_csc_hf import CtrlCscModel, hub; from huggingface_hub import ModelCard;"
+        "import locale, sys; from ctrl_csc_hf import CtrlCscModel; from huggingface_hub import ModelCard;"
         "assert locale.getpreferredencoding() == 'ISO-8859-1', locale.getpreferredencoding();"
-        "checkpoint, folder = sys.argv[1:];"
-        "hub.export(CtrlCscModel.from_pretrained(checkpoint), folder, checkpoint=checkpoint);"
+        "from ctrl_csc_hf.hub.publishing import export; checkpoint, folder = sys.argv[1:];"
+        "export(CtrlCscModel.from_pretrained(checkpoint), folder, checkpoint=checkpoint);"
         "assert 'Fréchet' in ModelCard.load(folder + '/README.md').text"
     )
     environment = {**os.environ, "LOCPATH": str(tmp_path), "LC_ALL": locale.name, "PYTHONUTF8": "0"}

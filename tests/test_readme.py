@@ -5,6 +5,7 @@ So does the Python of the pages in PYTHON_PAGES.
 
 import os
 import re
+import runpy
 import shlex
 import subprocess
 import sys
@@ -18,7 +19,7 @@ import pytest
 import torch
 from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.commands.launch import launch_command_parser
-from demo import write_digits
+from conftest import TRAINING
 from hub_server import HubServer
 from PIL import Image
 from typer.main import get_command
@@ -50,7 +51,7 @@ def folder(tmp_path: Path) -> Path:
     (tmp_path / "demo" / "model" / "examples").mkdir()
     sampler = LatentSampler(torch.full((10,), 0.1), torch.eye(16)[:10], [torch.ones(1, 16)] * 10, torch.arange(10))
     sampler.save_pretrained(tmp_path / "demo" / "model" / "sampler")
-    write_digits(tmp_path / "demo" / "data")
+    runpy.run_path(str(TRAINING / "demo.py"))["write_digits"](tmp_path / "demo" / "data")
     for index, pixels in enumerate(np.random.default_rng(0).integers(0, 256, (4, 40, 60, 3), dtype=np.uint8)):
         Image.fromarray(pixels).save(tmp_path / "demo" / "model" / "examples" / f"{index}.png")
     return tmp_path
