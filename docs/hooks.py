@@ -40,9 +40,7 @@ def settings(name: str) -> str:
         if isinstance(node, ast.ClassDef) and node.name == title:
             for entry in (entry for entry in node.body if isinstance(entry, ast.AnnAssign)):
                 default, meaning = eval(ast.unparse(entry.value), known)
-                rows.append(
-                    f"| `--{entry.target.id}` | {'' if default is None else f'`{default}`'} | {meaning.replace('|', chr(92) + '|')} |"
-                )
+                rows.append(f"| `--{entry.target.id}` | `{default}` | {meaning.replace('|', '&#124;')} |")
     return "\n".join(rows)
 
 
