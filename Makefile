@@ -1,7 +1,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: bench checkpoints demo test lint clean
+.PHONY: bench checkpoints demo docs test lint clean
 
 # Trains on the embedded images and writes the results into demo/.
 demo: .venv/.installed
@@ -16,6 +16,9 @@ bench: .venv/.installed
 # Copies the present code into the published models of checkpoints/; their weights stay.
 checkpoints: .venv/.installed
 	$(BIN)/python checkpoints/regenerate.py
+# The pages of the site, into site/index.html.
+docs: .venv/.installed
+	$(BIN)/mkdocs build --strict
 
 test: lint
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder
@@ -32,4 +35,4 @@ lint: .venv/.installed
 	touch $@
 
 clean:
-	rm -rf .venv demo build dist .mypy_cache .pytest_cache .ruff_cache
+	rm -rf .venv demo build dist site .mypy_cache .pytest_cache .ruff_cache

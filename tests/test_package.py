@@ -72,10 +72,11 @@ def test_the_wheel_holds_all_modules_types_and_presets(wheel: Path) -> None:
     assert not [name for name in names if not name.startswith(("ctrl_csc_hf/", "ctrl_csc_hf-", "ctrl_csc_cli.py"))]
 
 
-def test_the_wheel_imports_and_runs_readmes_first_block_with_the_core_dependencies_alone(
+def test_the_wheel_imports_and_runs_one_stage_with_the_core_dependencies_alone(
     core_python: Path, tmp_path: Path
 ) -> None:
-    block = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)[0]
+    page = (ROOT / "docs" / "use.md").read_text(encoding="utf-8")
+    block = re.findall(r"```python\n(.*?)```", page.split("## One stage alone")[1], re.DOTALL)[0]
     check = f"import sys; assert not [name for name in {EXTRAS_ONLY} if name in sys.modules]"
     lookup = (
         "import ctrl_csc_hf.training.presets as p; assert 'cifar10' in p.preset_names(); print(ctrl_csc_hf.__file__)"
@@ -85,7 +86,7 @@ def test_the_wheel_imports_and_runs_readmes_first_block_with_the_core_dependenci
     versions = "import ctrl_csc_hf, ctrl_csc_cli; print(ctrl_csc_hf.__version__); ctrl_csc_cli.app(['--version'])"
     first, second = run(core_python, versions, tmp_path).splitlines()
     assert second == f"ctrl-csc-hf {first}" and first == metadata.version("ctrl-csc-hf")
-    assert "torch.Size([1, 128])" in run(core_python, block, tmp_path)
+    assert "torch.Size([2, 3, 32, 32])" in run(core_python, block, tmp_path)
     for name in EXTRAS_ONLY:
         assert "None" in run(core_python, f"import importlib.util; print(importlib.util.find_spec({name!r}))", tmp_path)
 

@@ -1,6 +1,6 @@
 """Every code block of README.md and docs/use.md runs: Python as it stands, commands with data and steps that CI has.
 
-So does the Python of docs/metrics.md.
+So does the Python of the pages in PYTHON_PAGES.
 """
 
 import os
@@ -9,6 +9,7 @@ import runpy
 import shlex
 import subprocess
 import sys
+import tomllib
 from functools import cache
 from pathlib import Path
 
@@ -29,9 +30,12 @@ from ctrl_csc_hf.models.sampling import LatentSampler
 
 ROOT = Path(__file__).parents[1]
 README = "\n".join((ROOT / page).read_text(encoding="utf-8") for page in ("README.md", "docs/use.md"))
-PYTHON = re.findall(
-    r"```python\n(.*?)```", README + (ROOT / "docs" / "metrics.md").read_text(encoding="utf-8"), re.DOTALL
-)
+PYTHON_PAGES = ("README.md", "docs/use.md", "docs/metrics.md", "docs/start.md", "docs/train.md", "docs/how.md")
+PYTHON = [
+    block
+    for page in PYTHON_PAGES
+    for block in re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(encoding="utf-8"), re.DOTALL)
+]
 COMMANDS = [line for block in re.findall(r"```bash\n(.*?)```", README, re.DOTALL) for line in block.splitlines()]
 
 
@@ -160,6 +164,11 @@ def test_commands_in_docs_are_such_commands_with_settings_that_exist() -> None:
                 if command.startswith("make bench"):  # tests/test_benchmarks.py
                     continue
                 program, launch, *words = shlex.split(command)
+                if program == "pip":
+                    (extras,) = re.findall(r"^\.\[([\w,]+)\]$", words[0])
+                    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+                    assert launch == "install" and set(extras.split(",")) <= set(project["optional-dependencies"])
+                    continue
                 if program == "ctrl-csc":
                     subcommand = get_command(app).commands[launch]
                     context = subcommand.context_class(subcommand)
