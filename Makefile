@@ -16,6 +16,7 @@ bench: .venv/.installed
 # Copies the present code into the published models of checkpoints/; their weights stay.
 checkpoints: .venv/.installed
 	$(BIN)/python checkpoints/regenerate.py
+
 # The pages of the site, into site/index.html.
 docs: .venv/.installed
 	$(BIN)/mkdocs build --strict
