@@ -1,7 +1,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: bench checkpoints demo docs test lint clean
+.PHONY: bench checkpoints demo docs gallery test lint clean
 
 # Trains on the embedded images and writes the results into demo/.
 demo: .venv/.installed
@@ -16,6 +16,12 @@ bench: .venv/.installed
 # Copies the present code into the published models of checkpoints/; their weights stay.
 checkpoints: .venv/.installed
 	$(BIN)/python checkpoints/regenerate.py
+
+# Pictures of the inside of a published model, for docs/gallery.md; CIFAR10 may be a local copy.
+CIFAR10 ?= uoft-cs/cifar10
+gallery: .venv/.installed
+	$(BIN)/ctrl-csc inspect --model checkpoints/ctrl-csc-cifar10 --image checkpoints/ctrl-csc-cifar10/examples/1.png \
+	    --dataset_name $(CIFAR10) --num_images 1000 --output docs/gallery
 
 # The pages of the site, into site/index.html.
 docs: .venv/.installed

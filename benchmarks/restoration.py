@@ -1,4 +1,4 @@
-"""Denoising and completion measured, and their pictures; docs/gallery.md shows what it printed and drew.
+"""Denoising and completion measured, and their pictures.
 
     python benchmarks/restoration.py --model MODEL --dataset_name uoft-cs/cifar10
 
@@ -354,7 +354,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--dataset_name", required=True)
     parser.add_argument("--split", default="test")
     parser.add_argument("--num_images", type=int, default=128)
-    parser.add_argument("--output", type=Path, default=Path("docs/gallery"))
+    parser.add_argument("--output", type=Path, default=Path("restoration"))
     options = parser.parse_args(arguments)
 
     torch.set_num_threads(1)

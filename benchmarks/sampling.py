@@ -1,4 +1,4 @@
-"""Samples, nearest subspaces and retrieval of a model, measured and drawn; docs/gallery.md holds the results.
+"""Samples, nearest subspaces and retrieval of a model, measured and drawn.
 
 `python benchmarks/sampling.py --model PATH --dataset_name uoft-cs/cifar10 --feature_model PATH`
 
