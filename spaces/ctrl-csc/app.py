@@ -62,7 +62,7 @@ def build(pipe: DiffusionPipeline, examples: list[str]) -> gr.Blocks:
         )
         with gr.Tab("Reconstruct"):
             with gr.Row():
-                image = _given("Your image", "image")
+                image = _given("Your image", "image", next(iter(examples), None))
                 outputs = [
                     _shown("What the model sees", "original"),
                     _shown("Reconstruction", "reconstruction"),
@@ -72,7 +72,7 @@ def build(pipe: DiffusionPipeline, examples: list[str]) -> gr.Blocks:
             figures = gr.Markdown(elem_id="figures")
             stage = gr.Radio(stages, value=1, label="Stage whose codes are shown")
             maps = _shown("Codes of this stage, a map for each atom, most active first; white: zero", "codes", 440)
-            on([image.change, stage.change], reconstruct, [image, stage], [*outputs, maps, figures])
+            on([page.load, image.change, stage.change], reconstruct, [image, stage], [*outputs, maps, figures])
         with gr.Tab("Photographs"):
             with gr.Row():
                 image = _given("Your photograph", "photograph")
@@ -276,10 +276,14 @@ def atoms_in_pixels(decoder: Any, stage: int, chosen: torch.Tensor) -> torch.Ten
     return signal
 
 
-def _given(label: str, elem_id: str) -> gr.Image:
-    """A box for an image that comes as its file is: `image_mode` None, or it would be converted to 8 bits and RGB."""
+def _given(label: str, elem_id: str, path: str | None = None) -> gr.Image:
+    """A box for an image that comes as its file is: `image_mode` None, or it would be converted to 8 bits and RGB.
+
+    Args:
+        path: of the image that is there from the start.
+    """
     return gr.Image(
-        label=label, elem_id=elem_id, type="pil", image_mode=None, sources=["upload", "clipboard"], height=300
+        path, label=label, elem_id=elem_id, type="pil", image_mode=None, sources=["upload", "clipboard"], height=300
     )
 
 
