@@ -179,11 +179,13 @@ def test_no_default_has_a_dead_stage(preset):
     torch.manual_seed(0)
     config = CtrlCscConfig() if preset is None else CtrlCscConfig(**load_preset(preset)["model"])
     model, size = CtrlCscModel(config).eval(), config.image_size
-    smooth = torch.nn.functional.interpolate(torch.rand(3, 3, 4, 4) * 2 - 1, size=size, mode="bilinear")
+    coarse = torch.rand(3, 3, size // 8, size // 8) * 2 - 1
+    smooth = torch.nn.functional.interpolate(coarse, size=size, mode="bilinear")
     for pixels in (torch.rand(3, 3, size, size) * 2 - 1, smooth, torch.full((1, 3, size, size), 0.3)):
         out = model.encode(pixels, output_codes=True)
-        for stage, codes in enumerate(out.codes):
-            nothing_to_code = stage == 0 and config.low_pass and len(pixels) == 1  # a constant image is its low pass
+        for codes in out.codes:
+            # A constant image is its low pass, which random atoms, of many codes and few of these channels, may miss.
+            nothing_to_code = config.low_pass and len(pixels) == 1
             assert nothing_to_code or 0.005 < (codes > 0).float().mean() < 0.9
         cosines = out.latents @ out.latents.T
         torch.testing.assert_close(cosines.diagonal(), torch.ones(len(pixels)), rtol=0, atol=1e-5)

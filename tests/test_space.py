@@ -450,8 +450,8 @@ def test_only_a_repository_with_a_sampler_has_the_tab_that_draws() -> None:
     for sampler in (None, a_sampler(labels=None)):
         page = APP["build"](a_pipeline(trained_model(False), sampler), [])
         tabs = [part["props"]["label"] for part in page.config["components"] if part["type"] == "tabitem"]
-        assert tabs[:5] == ["Reconstruct", "Look inside", "Remove noise", "Fill in", "Interpolate"]
-        assert tabs[5:] == ([] if sampler is None else ["Draw new images"])
+        assert tabs[:6] == ["Reconstruct", "Photographs", "Look inside", "Remove noise", "Fill in", "Interpolate"]
+        assert tabs[6:] == ([] if sampler is None else ["Draw new images"])
 
 
 def test_without_a_repository_the_space_says_what_it_needs() -> None:

@@ -779,6 +779,6 @@ def test_imagenet_streams_through_its_preset(tmp_path: Path) -> None:
     flags = ["--config", "imagenet64", "--dataset_name", folder, "--train_split", "validation", "--report_to", "none"]
     flags += ["--max_train_steps", "1", "--num_validation_images", "8", "--train_batch_size", "8", "--use_ema", "false"]
     flags += ["--dataloader_num_workers", "1", "--output_dir", str(tmp_path / "imagenet"), "--label_column", "none"]
-    flags += ["--energy_warmup_steps", "0", "--deconvolution_warmup_steps", "1"]
+    flags += ["--energy_warmup_steps", "1", "--deconvolution_warmup_steps", "1"]
     metrics = json.loads((run_main(flags) / "metrics.json").read_text(encoding="utf-8"))
     assert metrics["step"] == 1 and metrics["unreadable_images"] == 0
