@@ -763,7 +763,10 @@ def test_statistics_of_an_average_are_the_means_over_the_batches_of_its_images()
     torch.testing.assert_close(averaged.encoder.norms[0].running_var, variances)
 
 
-def test_cifar10_streams_through_the_preset(train: Train, cifar10: str, tmp_path: Path) -> None:
+def test_cifar10_streams_through_the_preset(
+    train: Train, cifar10: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("ctrl_csc_hf.training.train.CALIBRATION_IMAGES", 128)  # rather than minutes
     flags = ["--config", "cifar10", "--dataset_name", cifar10, "--report_to", "none"]
     flags += ["--max_train_steps", "2", "--num_validation_images", "64", "--output_dir", str(tmp_path / "cifar10")]
     flags += ["--energy_warmup_steps", "1", "--deconvolution_warmup_steps", "1", "--use_ema", "false"]
@@ -772,7 +775,8 @@ def test_cifar10_streams_through_the_preset(train: Train, cifar10: str, tmp_path
     assert metrics["step"] == 2 and metrics["figures"][0]["split"] == "test"
 
 
-def test_imagenet_streams_through_its_preset(tmp_path: Path) -> None:
+def test_imagenet_streams_through_its_preset(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ctrl_csc_hf.training.train.CALIBRATION_IMAGES", 128)
     folder = os.environ.get("CTRL_CSC_IMAGENET_SAMPLE")
     if not folder:
         pytest.skip("CTRL_CSC_IMAGENET_SAMPLE names no local sample of ImageNet")
