@@ -121,7 +121,7 @@ def reconstruct(
 
     from ctrl_csc_hf.inspection.visualization import reconstruction_grid
     from ctrl_csc_hf.metrics import peak_signal_to_noise_ratio
-    from ctrl_csc_hf.models.tiling import TILE_OVERLAP, in_tiles
+    from ctrl_csc_hf.models.tiling import in_tiles
 
     loaded, processor = _load_model(model), _load_image_processor(model)
     paths = tqdm(images, desc="images read", disable=len(images) == 1)
@@ -135,9 +135,7 @@ def reconstruct(
         originals = torch.cat(pixels)
         with torch.inference_mode():
             if tiles:
-                size = loaded.config.image_size
-                overlap = int(TILE_OVERLAP * size)
-                reconstructions = in_tiles(reconstruct_all, originals[0], size, overlap)[None]
+                reconstructions = in_tiles(reconstruct_all, originals[0], loaded.config.image_size)[None]
             else:
                 reconstructions = reconstruct_all(originals)
     except (ValueError, RuntimeError) as error:  # images of another size than the model's, or of several

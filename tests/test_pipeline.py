@@ -343,8 +343,8 @@ def test_tiles_cover_every_pixel_and_overlap_without_seams(shape: tuple[int, int
         seen.append(tiles)
         return tiles + (torch.arange(len(tiles)) % 2).view(-1, 1, 1, 1)
 
-    torch.testing.assert_close(in_tiles(lambda tiles: tiles, image, 16, 4), image)
-    steps = in_tiles(shifted, image, 16, 4) - image
+    torch.testing.assert_close(in_tiles(lambda tiles: tiles, image, 16), image)
+    steps = in_tiles(shifted, image, 16) - image
     assert seen[0].shape[1:] == (3, 16, 16) and steps.min() >= -1e-6 and steps.max() <= 1 + 1e-6
     assert max(float(steps.diff(dim=dim).abs().max()) for dim in (1, 2)) <= 1 / 4 + 1e-5
 

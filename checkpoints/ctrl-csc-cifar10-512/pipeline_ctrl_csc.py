@@ -35,7 +35,7 @@ from .restoration import (
     missing_pixels_of_each,
 )
 from .sampling import LatentSampler
-from .tiling import TILE_OVERLAP, in_tiles
+from .tiling import in_tiles
 
 # diffusers 0.42 forgets `trust_remote_code` where it measures the components for device_map="balanced", but asks for no
 # such flag where their modules are among its own pipelines' modules.
@@ -176,7 +176,7 @@ class CtrlCscPipeline(DiffusionPipeline):
 
         size = self.model.config.image_size
         tiled = [
-            in_tiles(reconstruct, pixels, size, int(TILE_OVERLAP * size))[None]
+            in_tiles(reconstruct, pixels, size)[None]
             for pixels in self.progress_bar(self._pixels_in_own_size(image, self.model))
         ]
         return self._postprocess_in_own_size(tiled, output_type)

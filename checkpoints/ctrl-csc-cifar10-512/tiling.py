@@ -6,24 +6,22 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-TILE_OVERLAP = 0.25  # of a tile's side: what photographs are reconstructed with
 
+def in_tiles(function: Callable[[Tensor], Tensor], image: Tensor, size: int) -> Tensor:
+    """An image by a function of squares, which are laid over it evenly and overlap by a quarter of their side or more.
 
-def in_tiles(function: Callable[[Tensor], Tensor], image: Tensor, size: int, overlap: int) -> Tensor:
-    """An image by a function of squares, which are laid over it evenly.
-
-    Where tiles overlap, their weights rise linearly from their borders and sum to 1, so that no seam is steeper than
-    the tiles' difference over `overlap` pixels. A side shorter than a tile is continued by its last pixels.
+    There their weights rise linearly from their borders and sum to 1, so that no seam is steeper than the tiles'
+    difference over a quarter of their side. A side shorter than a tile is continued by its last pixels.
 
     Args:
         function: tiles (m, C, size, size) -> of the same shape, row by row.
         image: (C, H, W).
-        overlap: pixels that neighbours share at least, fewer than `size`.
 
     Returns:
         (C, H, W).
     """
     height, width = image.shape[1:]
+    overlap = size // 4
     padded = F.pad(image[None], (0, max(size - width, 0), 0, max(size - height, 0)), mode="replicate")[0]
     corners = [
         (top, left)
