@@ -11,20 +11,23 @@ Published on CBSD68: CBM3D 33.5, 30.7 and 27.4, CDnCNN 33.9, 31.2 and 28.0.
 
 import argparse
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
-from restoration import Restorer, mean_psnr, non_local_means, print_table, total_variation
+from skimage.restoration import denoise_nl_means, denoise_tv_chambolle
 from torch import Tensor
 
 from ctrl_csc_hf import CtrlCscDenoiser
 from ctrl_csc_hf.latents.encoding import draw_images
+from ctrl_csc_hf.models.restoration import psnr
 from ctrl_csc_hf.training.data import ImageSource, as_rgb, load_images
 
 LEVELS = (15, 25, 50)  # of 255
 TUNING_IMAGES, TUNING_SIDE = 12, 128  # of photographs, their middles
+
+Restorer = Callable[[Tensor], Tensor]
 
 
 def read(dataset: str, split: str, count: int | None) -> list[Tensor]:
@@ -43,8 +46,33 @@ def with_noise(images: Sequence[Tensor], level: int) -> list[Tensor]:
     return noisy
 
 
+def each(function: Callable[[np.ndarray], np.ndarray], images: Tensor) -> Tensor:
+    """scikit-image's functions, which take one image (H, W, 3)."""
+    restored = np.stack([function(image) for image in images.permute(0, 2, 3, 1).numpy()])
+    return torch.from_numpy(restored).permute(0, 3, 1, 2).float()
+
+
+def total_variation(noise_std: float) -> dict[str, Restorer]:
+    def restorer(weight: float) -> Restorer:
+        return lambda noisy: each(lambda y: denoise_tv_chambolle(y, weight=weight, channel_axis=-1), noisy)
+
+    return {f"weight {factor} sigma": restorer(factor * noise_std) for factor in (0.3, 0.4, 0.5, 0.6, 0.8, 1.0, 1.3)}
+
+
+def non_local_means(noise_std: float) -> dict[str, Restorer]:
+    def restorer(patch: int, distance: int, h: float) -> Restorer:
+        options = {"patch_size": patch, "patch_distance": distance, "h": h, "sigma": noise_std, "channel_axis": -1}
+        return lambda noisy: each(lambda y: denoise_nl_means(y, **options), noisy)
+
+    return {
+        f"patch {patch}, distance {distance}, h {factor} sigma": restorer(patch, distance, factor * noise_std)
+        for patch, distance in ((3, 8), (5, 6))
+        for factor in (0.4, 0.5, 0.6, 0.8, 1.0)
+    }
+
+
 def score(restorer: Restorer, noisy: Sequence[Tensor], clean: Sequence[Tensor]) -> float:
-    return sum(mean_psnr(restorer(y), x) for y, x in zip(noisy, clean, strict=True)) / len(clean)
+    return sum(psnr(restorer(y), x).item() for y, x in zip(noisy, clean, strict=True)) / len(clean)
 
 
 def measure(denoiser: CtrlCscDenoiser, dataset: str, count: int | None, tuning: list[Tensor], title: str) -> None:
@@ -68,6 +96,13 @@ def measure(denoiser: CtrlCscDenoiser, dataset: str, count: int | None, tuning: 
             rows.setdefault(name, []).append(score(candidates[setting], noisy, clean))
             print(f"{title}, {level}: {name} {rows[name][-1]:.2f} dB by {setting}", flush=True)
     print_table(f"{title}, {len(clean)} images", rows, [f"{level}/255" for level in LEVELS])
+
+
+def print_table(title: str, rows: dict[str, list[float]], head: Iterable[object]) -> None:
+    head = list(head)
+    print(f"\n| {title} | {' | '.join(map(str, head))} |\n|{' --- |' * (len(head) + 1)}")
+    for name, values in rows.items():
+        print(f"| {name} | {' | '.join(f'{value:.2f}' for value in values)} |")
 
 
 def middle(image: Tensor) -> Tensor:

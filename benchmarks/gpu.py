@@ -37,15 +37,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 from transformers import AutoModel
 
-from ctrl_csc_hf import CtrlCscImageProcessor, CtrlCscModel
+from ctrl_csc_hf import CtrlCscConfig, CtrlCscImageProcessor, CtrlCscModel
 from ctrl_csc_hf.metrics import FrechetDistance, KernelDistance, VisionFeatures
 from ctrl_csc_hf.objectives.closed_loop import player_parameters
-from ctrl_csc_hf.training.ema import CALIBRATION_IMAGES, evaluated_model, held_out_figures, recompute_statistics
-from ctrl_csc_hf.training.phases import Phases
+from ctrl_csc_hf.training.ema import CALIBRATION_IMAGES, evaluated_model, held_out_figures
+from ctrl_csc_hf.training.phases import Phases, steps_of_phases
 from ctrl_csc_hf.training.presets import load_preset
-from ctrl_csc_hf.training.settings import ENCODERS, TrainingSettings
+from ctrl_csc_hf.training.settings import TrainingSettings
 from ctrl_csc_hf.training.steps import EAGER_CALLS, REFINED_STEPS, StepFigures
-from ctrl_csc_hf.training.warmup import invert_encoder, principal_directions
 
 ROOT = Path(__file__).resolve().parents[1]
 Figures: TypeAlias = dict[str, Any]  # of a row, by name; a row's function fills it, so what it had stays if it fails
@@ -100,22 +99,15 @@ def as_table(rows: dict[str, Figures]) -> str:
 # Training steps
 
 
-def read_preset(options: argparse.Namespace, preset: str) -> tuple[CtrlCscModel, TrainingSettings, dict[str, int]]:
-    """Model, settings, and number of steps by phase."""
+def read_preset(options: argparse.Namespace, preset: str) -> tuple[CtrlCscModel, TrainingSettings]:
     sections = load_preset(preset)
-    settings = TrainingSettings(**sections["training"])
+    settings = TrainingSettings(**sections["training"] | {"mixed_precision": "bf16"})
     torch.manual_seed(settings.seed)
-    steps = {
-        "energy": settings.energy_warmup_steps,
-        "fit": settings.deconvolution_warmup_steps,
-        "game": settings.max_train_steps,
-    }
     if settings.pretrained_model_name_or_path:
-        model, steps["energy"], steps["fit"] = AutoModel.from_pretrained(settings.pretrained_model_name_or_path), 0, 0
+        model = AutoModel.from_pretrained(settings.pretrained_model_name_or_path)
     else:
-        config = ENCODERS[settings.encoder](**(TINY if options.short else sections["model"]))
-        model = AutoModel.from_config(config)
-    return model.train().to(DEVICE, memory_format=torch.channels_last), settings, steps
+        model = AutoModel.from_config(CtrlCscConfig(**(TINY if options.short else sections["model"])))
+    return model.train().to(DEVICE, memory_format=torch.channels_last), settings
 
 
 def milliseconds(step: Callable[[], object], seconds: float) -> float:
@@ -141,7 +133,7 @@ def free_memory() -> None:
 
 def time_steps(options: argparse.Namespace, preset: str, batch: int, way: str, figures: Figures) -> None:
     """Of the fit and of the game: milliseconds of a step, images/s, share of the GPU's bfloat16 peak."""
-    model, settings, steps = read_preset(options, preset)
+    model, settings = read_preset(options, preset)
     size, seconds = model.config.image_size, 0.05 if options.short else 1.0
     images = to_pixel_values(torch.randint(0, 256, (batch, 3, size, size), dtype=torch.uint8, device=DEVICE))
     if way == "two phases":
@@ -157,7 +149,7 @@ def time_steps(options: argparse.Namespace, preset: str, batch: int, way: str, f
         figures |= {"game, ms": taken, "game, images/s": batch / taken * 1e3}
         return
     operations = {}
-    counted = Phases(copy.deepcopy(model), settings, steps)
+    counted = Phases(copy.deepcopy(model), settings)
     for name in ("fit", "game"):
         with CountOperations() as counter:
             counted(name, images[:64])
@@ -170,7 +162,7 @@ def time_steps(options: argparse.Namespace, preset: str, batch: int, way: str, f
             player.compile(fullgraph=True)
     peak = next((peak for name, peak in PEAKS.items() if GPU and name in torch.cuda.get_device_name()), None)
     for name in ("fit", "game"):
-        phases = Phases(model, settings, steps, graphs=[name] if way.endswith("graph") else [])
+        phases = Phases(model, settings, graphs=[name] if way.endswith("graph") else [])
         taken = milliseconds(partial(phases, name, images), seconds)
         images_a_second = batch / taken * 1e3
         figures |= {f"{name}, ms": taken, f"{name}, images/s": images_a_second}
@@ -212,7 +204,8 @@ class Training:
         self, options: argparse.Namespace, preset: str, pixels: dict[str, Tensor], graphs: Collection[str]
     ) -> None:
         self.options, self.name, self.pixels, self.graphs = options, Path(preset).stem, pixels, graphs
-        self.model, self.settings, self.steps = read_preset(options, preset)
+        self.model, self.settings = read_preset(options, preset)
+        self.steps = steps_of_phases(self.settings)
         self.batch = options.batch_size or (8 if options.short else self.settings.train_batch_size)
         self.generator = torch.Generator(DEVICE).manual_seed(self.settings.seed)
         self.calibration = self.draw(CALIBRATION_IMAGES if GPU else 4 * self.batch)
@@ -228,7 +221,7 @@ class Training:
 
     def trial(self) -> Callable[[], object]:
         """A step of the phase with the most steps, of a copy of the model."""
-        phases = Phases(copy.deepcopy(self.model), self.settings, self.steps, graphs=self.graphs)
+        phases = Phases(copy.deepcopy(self.model), self.settings, graphs=self.graphs)
         name = max(self.steps, key=lambda name: self.steps[name])
         phases.begin(name)
 
@@ -241,7 +234,7 @@ class Training:
     def run(self, last_moment: float) -> Iterator[None]:
         """All its steps, and a stop after each; no more of a phase where it is later than `last_moment`."""
         model, steps, history = self.model, self.steps, []
-        phases, of_steps = Phases(model, self.settings, steps, graphs=self.graphs), StepFigures()
+        phases, of_steps = Phases(model, self.settings, graphs=self.graphs, steps=steps), StepFigures()
         for name, count in steps.items():
             phases.begin(name)
             for step in range(count):
@@ -257,17 +250,9 @@ class Training:
                         steps[name] = step + 1  # slower than in the trial
                         break
                 yield
-            phases.launches.pop(name)
-            free_memory()
-            if name == "energy" and count:
-                phases.begin("fit")
-                recompute_statistics(model, self.calibration, self.calibration_batch)
-                principal_directions(model, self.calibration, self.calibration_batch)
-                invert_encoder(model, self.calibration)
-            if name == "fit":
-                recompute_statistics(model, self.calibration, self.calibration_batch)
-                phases.average.advance()
-                phases.average.update(phases.parameters)
+            if name != "game" and (count or name == "fit"):
+                phases.end(name, self.calibration, self.calibration_batch)
+                free_memory()
         self.folder = self.options.output / self.name
         self.model = evaluated_model(model, phases.average, self.calibration, self.calibration_batch)
         save_in_float16(self.model, self.folder)

@@ -16,11 +16,13 @@ import time
 from pathlib import Path
 from typing import Any
 
+import baselines  # registers its models for AutoModel
 import torch
 import yaml
 from matplotlib.figure import Figure
 from torch import Tensor
 
+from ctrl_csc_hf.hub.records import readable
 from ctrl_csc_hf.latents.encoding import find_columns
 from ctrl_csc_hf.metrics import (
     ClosedLoopConsistency,
@@ -32,9 +34,10 @@ from ctrl_csc_hf.metrics import (
 from ctrl_csc_hf.training.autoencoders import load_model
 from ctrl_csc_hf.training.data import ImageSource, load_images, take_examples
 from ctrl_csc_hf.training.presets import load_preset
-from ctrl_csc_hf.training.run import one_line_errors, readable
+from ctrl_csc_hf.training.run import one_line_errors
 
 BASE = str(Path(__file__).with_name("cifar10_sweep.yaml"))
+TRAIN = str(Path(__file__).parents[1] / "training" / "train.py")
 BATCH_SIZE = 250
 # What each row changes, in the sections of a preset.
 ROWS: dict[str, dict[str, dict[str, Any]]] = {
@@ -74,13 +77,11 @@ ROWS: dict[str, dict[str, dict[str, Any]]] = {
     "batch 512": {"training": {"train_batch_size": 512}},
     "batch 2048": {"training": {"train_batch_size": 2048}},
     "no EMA": {"training": {"use_ema": False}},
-    "ordinary convolutions": {"training": {"encoder": "convolution", "energy_warmup_steps": 0}},
+    "ordinary convolutions": {"training": {"energy_warmup_steps": 0}},
     "ordinary convolutions, nothing before": {
-        "training": {"encoder": "convolution", "energy_warmup_steps": 0, "deconvolution_warmup_steps": 0},
+        "training": {"energy_warmup_steps": 0, "deconvolution_warmup_steps": 0},
     },
-    "squared error": {
-        "training": {"loop": "squared_error", "encoder_learning_rate": 2e-3, "decoder_learning_rate": 2e-3},
-    },
+    "the fit alone": {"training": {"deconvolution_warmup_steps": 500, "max_train_steps": 0}},
 }
 
 
@@ -129,7 +130,8 @@ def preset_of(row: str, num_train_images: int) -> dict[str, dict[str, Any]]:
     batch = training["train_batch_size"]
     for warmup in ("energy_warmup_steps", "deconvolution_warmup_steps"):
         training[warmup] = round(training.get(warmup, 0) * base_batch / batch)
-    training["max_train_steps"] = num_train_images // batch
+    if training["max_train_steps"]:
+        training["max_train_steps"] = num_train_images // batch
     return preset
 
 
@@ -142,7 +144,7 @@ def run(row: str, seed: int, arguments: argparse.Namespace) -> dict[str, Any]:
     start = time.perf_counter()
     subprocess.run(
         [
-            sys.executable, str(Path(__file__).parents[1] / "training" / "train.py"),
+            sys.executable, baselines.__file__ if row.startswith("ordinary convolutions") else TRAIN,
             "--config", str(config), "--output_dir", str(folder), "--seed", str(seed), "--report_to", "none",
             "--dataset_name", arguments.dataset_name,
         ],

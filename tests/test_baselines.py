@@ -4,22 +4,21 @@ import json
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
+import baselines
 import pytest
 import torch
 import torch.nn.functional as F
 import yaml
+from baselines import ConvolutionalConfig, ConvolutionalModel
 from conftest import BENCHMARKS
 from sklearn.linear_model import LogisticRegression
 from sklearn.preprocessing import StandardScaler
 from transformers import AutoModel, ResNetConfig, ResNetModel
 
-from ctrl_csc_hf import CtrlCscConfig, CtrlCscModel
-from ctrl_csc_hf.objectives.closed_loop import ClosedLoopObjective, player_parameters
-from ctrl_csc_hf.training.baselines import ConvolutionalConfig, ConvolutionalModel, SquaredErrorLoop
+from ctrl_csc_hf import CtrlCscConfig
 from ctrl_csc_hf.training.data import ImageSource, load_images, take_images
 from ctrl_csc_hf.training.presets import load_preset
 from ctrl_csc_hf.training.settings import parse_settings
@@ -67,44 +66,21 @@ def test_it_is_saved_and_loaded_by_automodel(tmp_path: Path) -> None:
     assert torch.equal(loaded(images()).reconstruction, model(images()).reconstruction)
 
 
-def test_squared_error_steps_as_plain_autograd_does() -> None:
-    torch.manual_seed(0)
-    model = CtrlCscModel(CtrlCscConfig(**SHAPE)).train()
-    reference = CtrlCscModel(CtrlCscConfig(**SHAPE)).train()
-    reference.load_state_dict(model.state_dict())
-    optimizers = [torch.optim.SGD(parameters, 0.1) for parameters in player_parameters(model)]
-    figures = SquaredErrorLoop(model, ClosedLoopObjective(), *optimizers).step(images())
-
-    loss = F.mse_loss(reference.decoder(reference.encoder(images()).latents).reconstruction, images())
-    torch.optim.SGD(reference.parameters(), 0.1).zero_grad()
-    loss.backward()
-    torch.optim.SGD([p for p in reference.parameters() if p.requires_grad], 0.1).step()
-    reference.project_parameters()
-    assert figures.encoder_loss.item() == pytest.approx(loss.item(), rel=1e-5)
-    for (name, got), expected in zip(model.named_parameters(), reference.parameters(), strict=True):
-        torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-4, msg=name)
-
-
-def test_train_trains_both_and_squared_error_falls(train: Callable[..., Path]) -> None:
-    folder = train("--max_train_steps", "1", "--encoder", "convolution", output="convolutional")
-    assert type(AutoModel.from_pretrained(folder)) is ConvolutionalModel
-    steps = ("--max_train_steps", "30", "--decoder_learning_rate", "5e-3", "--encoder_learning_rate", "5e-3")
-    folder = train(*steps, "--loop", "squared_error", output="squared")
-    losses = [
-        r["encoder_loss"]
-        for r in json.loads((folder / "history.json").read_text(encoding="utf-8"))
-        if "encoder_loss" in r
-    ]
-    assert losses[-1] < 0.7 * losses[0]
+def test_train_trains_it(
+    tiny_preset: Path, image_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    flags = ["--config", str(tiny_preset), "--train_data_dir", str(image_folder), "--max_train_steps", "1"]
+    monkeypatch.setattr(
+        sys, "argv", ["baselines.py", *flags, "--output_dir", str(tmp_path / "run"), "--report_to", "none"]
+    )
+    baselines.launch()
+    assert type(AutoModel.from_pretrained(tmp_path / "run")) is ConvolutionalModel
 
 
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (("--encoder", "fourier"), "encoder must be one of"),
-        (("--loop", "gan"), "loop must be one of"),
-        (("--encoder", "convolution", "--energy", "1"), "must be 0 for encoder='convolution'"),
-        (("--encoder", "convolution", "--keep_dictionaries"), "keep_dictionaries must be off where energy_warmup"),
+        (("--keep_dictionaries",), "keep_dictionaries must be off where energy_warmup"),
         (("--collapse_share", "2"), "collapse_share must be between 0 and 1"),
         (("--collapse_steps", "0"), "collapse_steps must be at least 1"),
     ],

@@ -74,8 +74,9 @@ def phases_of(model: CtrlCscModel, *graphs: str) -> Any:
         encoder_learning_rate=1e-3,
         decoder_learning_rate=1e-3,
         ema_decay=0.9,
+        mixed_precision="bf16",
     )
-    return Phases(model, settings, dict.fromkeys(("energy", "fit", "game"), 10), graphs)
+    return Phases(model, settings, graphs=graphs, steps=dict.fromkeys(("energy", "fit", "game"), 10))
 
 
 @pytest.mark.parametrize("phase", ["energy", "fit", "game"])
@@ -148,7 +149,7 @@ def test_evaluation_runs_to_its_end(train: Train, image_folder: Path, tmp_path: 
     from test_evaluate import autoencoder_of_diffusers, classifier
 
     model = train("--objective", "multi")
-    squared_error = train("--loop", "squared_error", output="squared_error")
+    squared_error = train("--deconvolution_warmup_steps", "2", "--max_train_steps", "0", output="squared_error")
     evaluate = importlib.import_module("ctrl_csc_hf.training.evaluate")
     kl = autoencoder_of_diffusers(tmp_path / "kl")
     results = evaluate.main(

@@ -12,6 +12,7 @@ import datasets
 import numpy as np
 import pytest
 import torch
+from baselines import ConvolutionalConfig, ConvolutionalModel
 from conftest import random_image
 from PIL import Image
 from sklearn.decomposition import PCA
@@ -24,6 +25,7 @@ from transformers import (
 
 from ctrl_csc_hf import CtrlCscConfig, CtrlCscModel
 from ctrl_csc_hf.metrics import VisionFeatures
+from ctrl_csc_hf.training.presets import load_preset
 
 
 @pytest.fixture
@@ -72,13 +74,15 @@ def test_evaluation_measures_the_model_and_its_rivals_on_the_same_images(
     evaluate: ModuleType,
     settings: Callable[..., Any],
     train: Callable[..., Path],
+    tiny_preset: Path,
     image_folder: Path,
     tmp_path: Path,
     capsys: pytest.CaptureFixture,
 ) -> None:
     model = train("--max_train_steps", "1")
     written_by_train = json.loads((model / "metrics.json").read_text(encoding="utf-8"))
-    convolutional = train("--max_train_steps", "1", "--encoder", "convolution", output="convolutional")
+    convolutional = tmp_path / "convolutional"
+    ConvolutionalModel(ConvolutionalConfig(**load_preset(str(tiny_preset))["model"])).save_pretrained(convolutional)
     kl = autoencoder_of_diffusers(tmp_path / "kl")
     results = evaluate.main(
         settings(

@@ -20,7 +20,7 @@ import torch
 from conftest import TRAINING, random_image
 from safetensors.torch import load_file
 
-from ctrl_csc_hf.training.run import checkpoints
+from ctrl_csc_hf.training.checkpoints import checkpoints
 
 WORKERS = (0, 2, 1, 3)  # of the loader, another number after each kill
 START = 120  # seconds until the first step, at most

@@ -79,7 +79,7 @@ LOCAL_SETTINGS = (
 )
 # Settings that say what the players minimise, or whether one of them does.
 OF_THE_GAME = (
-    "objective", "decoder_consistency", "energy", "code_reduction", "code_consistency", "pixel_error", "loop",
+    "objective", "decoder_consistency", "energy", "code_reduction", "code_consistency", "pixel_error",
     "encoder_learning_rate",
 )  # fmt: skip
 FIGURE = "architecture.png"
@@ -117,7 +117,7 @@ def model_card(
         dataset_licence, biases = LICENCES.get(dataset), BIASES.get(dataset, OTHER_BIASES)
         game, warmup = _game(settings) if settings else GAME, _warmup(settings)
         labelled = "multi" in _values(settings, "objective")
-        compares_pixels = any(_values(settings, "pixel_error")) or "squared_error" in _values(settings, "loop")
+        compares_pixels = any(_values(settings, "pixel_error"))
     with _understood(checkpoint, METRICS):
         figures = [figure for figure in metrics.get("figures", []) if figure["name"] in FIGURES]
         on_hub = [figure for figure in figures if figure["dataset"] is not None]

@@ -10,8 +10,7 @@ from transformers import AutoModel
 
 from ctrl_csc_hf import CtrlCscModel
 from ctrl_csc_hf.metrics import FeatureMoments
-
-from . import baselines  # registers its models for AutoModel
+from ctrl_csc_hf.models.sparse_coding import ConvolutionalSparseCoding
 
 STEPS_TO_THE_MINIMUM = 400
 
@@ -31,7 +30,7 @@ class Autoencoder:
 
 
 def load_model(path_or_repository: str, device: torch.device | str) -> CtrlCscModel:
-    """A model that train.py wrote, CTRL-CSC or one of baselines.py, to evaluate.
+    """A model that train.py wrote, to evaluate.
 
     Raises:
         ValueError: for another model.
@@ -48,7 +47,7 @@ def autoencoder(model: CtrlCscModel) -> Autoencoder:
         assert found is not None
         return found
 
-    is_sparse = not isinstance(model, baselines.ConvolutionalModel)
+    is_sparse = isinstance(model.encoder.stages[0], ConvolutionalSparseCoding)
     return Autoencoder(
         encode=lambda x: model.encode(x).latents,
         decode=lambda z: model.decode(z).reconstruction,

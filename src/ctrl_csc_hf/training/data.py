@@ -50,6 +50,21 @@ CROP_AREA = (0.5, 1.0)
 CROP_RATIO = (3 / 4, 4 / 3)
 
 
+@dataclass
+class TrainingImages:
+    """What a run keeps of its images: pixels in [-1, 1], drawn by the seed.
+
+    held_out: (n, C, H, W), of the data set's `split`.
+    calibration: training images (n, C, H, W), for the statistics of batch norms.
+    identity: what identifies the training images.
+    """
+
+    held_out: Tensor
+    split: str
+    calibration: Tensor
+    identity: dict[str, Any]
+
+
 @dataclass(frozen=True)
 class ImageSource:
     """Where images come from.

@@ -35,7 +35,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from ctrl_csc_hf import CtrlCscModel
-from ctrl_csc_hf.hub.records import read_object
+from ctrl_csc_hf.hub.records import read_object, readable
 from ctrl_csc_hf.inspection.visualization import correlation_map, image_table
 from ctrl_csc_hf.latents.encoding import ImageDataset, draw_images, find_columns
 from ctrl_csc_hf.metrics import (
@@ -55,6 +55,7 @@ from ctrl_csc_hf.metrics import (
 )
 
 from .autoencoders import Autoencoder, autoencoder, diffusers_autoencoder, linear_rivals, load_model
+from .checkpoints import training_settings
 from .data import (
     HELD_OUT_SPLITS,
     ImageSource,
@@ -68,7 +69,7 @@ from .data import (
     to_pixel_values,
 )
 from .ema import GRID_IMAGES
-from .run import figure_records, one_line_errors, readable, save_grid, training_settings
+from .run import figure_records, one_line_errors, save_grid
 from .settings import SettingsParser, check_output_dir, hub_id, option
 from .stream import ImageLoader, ImageStream
 

@@ -1,15 +1,12 @@
-"""What a run keeps: its history, its checkpoints, its held-out figures, and the model folder at the end."""
+"""A run: where it stands, its steps with what they show, its checkpoints, its held-out figures, its model folder."""
 
 import json
 import logging
-import os
-import re
-import shutil
 import signal
 import sys
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, suppress
-from dataclasses import asdict, dataclass
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from textwrap import shorten
 from typing import Any, Self
@@ -18,50 +15,207 @@ import torch
 from accelerate import Accelerator, PartialState
 from accelerate.utils import gather_object
 from datasets.exceptions import DatasetsError
-from huggingface_hub import constants, hf_hub_download
+from huggingface_hub import constants
 from huggingface_hub.errors import HTTPError  # type: ignore[attr-defined]  # httpx's, under whichever of its names
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.optim import Optimizer
+from tqdm.auto import tqdm
 
 from ctrl_csc_hf import CtrlCscImageProcessor, CtrlCscModel
-from ctrl_csc_hf.hub import records
 from ctrl_csc_hf.hub.records import read_object
 from ctrl_csc_hf.inspection.visualization import reconstruction_grid, training_curves
 from ctrl_csc_hf.metrics import peak_signal_to_noise_ratio
 from ctrl_csc_hf.models.repository_ctrl_csc import replacing_model
 from ctrl_csc_hf.objectives.distributed import sum_over_processes
 
-from .ema import GRID_IMAGES, AverageOfWeights
+from .checkpoints import (
+    NUMBERS,
+    SETTINGS,
+    TENSORS,
+    random_state,
+    readable,
+    restore_random_state,
+    write_checkpoint,
+    write_json,
+)
+from .collapse import COLLAPSED, CollapseWatch, largest_rate
+from .data import TrainingImages, to_pixel_values
+from .ema import GRID_IMAGES, evaluated_model, held_out_figures
+from .phases import Phases
 from .settings import FIXED, WITHOUT_INFLUENCE, TrainingSettings
+from .steps import REFINED_STEPS, StepFigures
 from .stream import ImageLoader, Place
-from .warmup import Descent
 
 logger = logging.getLogger(__name__)
 
-SHOWN = 200  # letters of a value in a message
+SHOWN_LETTERS = 200  # of a value in a message
 EXAMPLES = 4  # held-out images kept as files, for the widget of a published model
-TENSORS = "training_state.safetensors"  # of a checkpoint, beside the model
-NUMBERS = "training_state.json"
-SETTINGS = "training_args.json"
+# What the progress bar tells of a step
+SHOWN = {
+    "loss": "loss", "rate_reduction": "dR", "code_reduction": "dR(C)", "rate": "R(Z)", "reconstructed_rate": "R(Zh)",
+    "psnr": "PSNR (dB)",
+}  # fmt: skip
+TITLES = {
+    "energy": "before the game: sparse-coding energy", "fit": "before the game: deconvolution error",
+    "game": "training",
+}  # fmt: skip
 
 
+@dataclass
 class History:
-    """Where a run stands, and what it logged. A checkpoint holds it, with each process's place in its own images.
+    """Where a run stands, and what it logged.
 
     step: of the game; below 0, the steps that are left before it.
     changes: settings that were changed when the run was resumed: step, setting, before, after.
     """
 
-    def __init__(self, loader: ImageLoader) -> None:
-        self.step = 0
-        self.loader = loader
-        self.places = [loader.place]  # of all processes, when last gathered
-        self.records: list[dict[str, float]] = []
-        self.changes: list[dict[str, Any]] = []
+    step: int
+    records: list[dict[str, float]] = field(default_factory=list)
+    changes: list[dict[str, Any]] = field(default_factory=list)
 
     def record(self, step: int, **figures: float) -> None:
         self.records.append({"step": step, **figures})
+
+
+class Run:
+    """All that a run has: what its steps change, which its checkpoints hold, and what it shows.
+
+    Args:
+        accelerator: of all processes.
+        settings: of this run.
+        phases: its steps, with the model and all optimisers.
+        loader: of this process's batches.
+        images: held-out images and those for calibration.
+    """
+
+    def __init__(
+        self,
+        accelerator: Accelerator,
+        settings: TrainingSettings,
+        phases: Phases,
+        loader: ImageLoader,
+        images: TrainingImages,
+    ) -> None:
+        self.accelerator, self.settings, self.phases, self.images = accelerator, settings, phases, images
+        self.model: CtrlCscModel = phases.model
+        self.output_dir = Path(settings.output_dir)
+        self.loader = loader
+        self.places = [loader.place]  # of all processes, when last gathered
+        self.history = History(-phases.steps["energy"] - phases.steps["fit"])
+        self.stop = CatchStop()
+        self._figures = StepFigures()
+        self._collapse = CollapseWatch(settings.collapse_share, settings.collapse_steps)
+        self._images_a_step = settings.train_batch_size * accelerator.num_processes
+        self._batches = iter(loader)
+
+    # Steps
+
+    def make_steps(self, name: str, until: int) -> None:
+        """The steps of a phase that are left, up to the step `until`; ends the program where it is asked to stop."""
+        history, settings = self.history, self.settings
+        first = until - self.phases.steps[name]
+        self.phases.begin(name)
+        with tqdm(
+            total=self.phases.steps[name],
+            initial=history.step - first,
+            desc=TITLES[name],
+            smoothing=0.05,
+            disable=not self.accelerator.is_main_process,
+        ) as progress:
+            while history.step < until:
+                is_logged = history.step % settings.logging_steps == 0
+                if (is_logged or self.accelerator.num_processes == 1) and self.stop.seen():
+                    self._show(progress, everything=True)
+                    self._end_early(progress)
+                if history.step < first + REFINED_STEPS:
+                    self.model.project_parameters()
+                batch = next(self._batches)
+                labels = [batch["labels"]] if name == "game" and "labels" in batch else []
+                pixel_values = to_pixel_values(batch["pixels"], self.accelerator.device)
+                self._figures.keep(history.step + 1, self.phases(name, pixel_values, *labels))
+                history.step += 1
+                progress.update()
+                is_saved = history.step % settings.checkpointing_steps == 0 and history.step != 0
+                is_measured = history.step % settings.validation_steps == 0 and 0 < history.step < until
+                if is_saved or is_measured or history.step == until:
+                    self._show(progress, everything=True)
+                elif history.step % settings.logging_steps == 0:
+                    self._show(progress)
+                if is_measured and self.accelerator.is_main_process:
+                    self.evaluate()
+                if is_saved:
+                    self.save_checkpoint()
+
+    def _end_early(self, progress: tqdm) -> None:
+        checkpoint = self.save_checkpoint()
+        self.accelerator.end_training()
+        progress.close()
+        self.accelerator.print(f"Stopped; go on with --resume_from_checkpoint {checkpoint}")
+        sys.exit(self.stop.exit_code)
+
+    def _show(self, progress: tqdm, *, everything: bool = False) -> None:
+        """Records, logs and shows the figures that have arrived."""
+        try:
+            arrived = self._figures.read(everything=everything)
+        except FloatingPointError as error:
+            raise FloatingPointError(
+                f"{error}. The run stops; the last checkpoint in {self.output_dir} is intact."
+            ) from error
+        images_per_second = self._images_a_step * (progress.format_dict["rate"] or 0)
+        unreadable = self.loader.place.unreadable  # of this process
+        for step, values in arrived:
+            progress.set_postfix_str(
+                "".join(f"{SHOWN[name]} {value:.4g}, " for name, value in values.items() if name in SHOWN)
+                + f"{images_per_second:.0f} images/s"
+                + (f", {unreadable} unreadable" if unreadable else "")
+            )
+            if step % self.settings.logging_steps == 0:
+                self.history.record(step, **values)
+                tracked = values | {"images_per_second": images_per_second, "unreadable": unreadable}
+                self.accelerator.log(tracked, step=step)
+            if "rate" in values:
+                self._watch_collapse(step, values["rate"])
+
+    def _watch_collapse(self, step: int, rate: float) -> None:
+        largest = largest_rate(self._images_a_step, self.model.config.latent_dim, self.settings.distortion)
+        if advice := self._collapse.notice(rate, largest):
+            if self.accelerator.is_main_process:
+                logger.warning("step %d: %s", step, advice)
+            if self.settings.stop_on_collapse:
+                self.stop.requested = True  # on all processes: they share R(Z)
+                self.stop.exit_code = COLLAPSED
+
+    # Figures
+
+    def evaluate(self) -> CtrlCscModel:
+        """Records the held-out figures of the model as it would be saved, and returns that."""
+        settings, held_out, step = self.settings, self.images.held_out, self.history.step
+        model = evaluated_model(self.model, self.phases.average, self.images.calibration, settings.train_batch_size)
+        found, reconstructions = held_out_figures(model, held_out, settings.train_batch_size, settings.distortion)
+        self.history.record(step, **found)
+        self.accelerator.log(found, step=step)
+        save_grid(self._sample_path(step), held_out, reconstructions)
+        tqdm.write(
+            f"step {step}: held-out PSNR {found['held_out_psnr']:.2f} dB, "
+            f"match {found['held_out_match']:.1%}, R(Z) {found['held_out_rate']:.1f} nats, "
+            f"dR {found['held_out_rate_reduction']:.2f} nats"
+        )
+        return model
+
+    def _sample_path(self, step: int) -> Path:
+        """Where the run shows what it makes of held-out images at a step."""
+        return self.output_dir / "samples" / f"step-{step:06d}.png"
+
+    # Checkpoints
+
+    def save_checkpoint(self) -> Path:
+        """output_dir/checkpoint-STEP; on all processes at once. `write_checkpoint` says what it raises."""
+        folder = self.output_dir / f"checkpoint-{self.history.step}"
+        if not folder.exists():  # or it is of this very state: the run was resumed from it and has made no step since
+            self.gather_places()
+            write_checkpoint(self.accelerator, folder, self._write_state, self.settings.checkpoints_total_limit)
+        return folder
 
     def gather_places(self) -> None:
         """On all processes at once."""
@@ -72,125 +226,94 @@ class History:
         """Images that were skipped, by all processes when last gathered."""
         return sum(place.unreadable for place in self.places)
 
-    def state_dict(self) -> dict[str, Any]:
-        places = [asdict(place) for place in self.places]
-        return {"step": self.step, "places": places, "records": self.records, "changes": self.changes}
+    def _write_state(self, folder: Path) -> None:
+        """All that a step changes, as safetensors and JSON, the model for AutoModel. On all processes at once: the main
+        one writes all but the states of the others' random generators.
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        processes = PartialState()
-        places = [Place(**place) for place in state["places"]]
-        if len(places) != processes.num_processes:
-            raise ValueError(
-                f"a run of {len(places)} processes must be resumed by as many, got {processes.num_processes}"
-            )
-        self.step, self.places, self.records, self.changes = state["step"], places, state["records"], state["changes"]
-        self.loader.place = places[processes.process_index]
-
-
-@dataclass
-class TrainingState:
-    """All that a step of the run changes. A checkpoint holds it as safetensors and JSON, the model for AutoModel.
-
-    Schedules are no part of it: they are functions of the step.
-
-    Args:
-        settings: of this run.
-        model: both players.
-        descents: what is learned before the game, by name.
-        optimizers: of the game, by player.
-        average: of the weights, or None.
-        history: where the run stands.
-        images: what identifies the training images.
-    """
-
-    settings: TrainingSettings
-    model: CtrlCscModel
-    descents: dict[str, Descent]
-    optimizers: dict[str, Optimizer]
-    average: AverageOfWeights | None
-    history: History
-    images: dict[str, Any]
-
-    def save(self, folder: Path) -> None:
-        """On all processes at once: the main one writes all but the states of the others' random generators."""
-        processes = PartialState()
-        save_file(_random_state(), folder / f"random_state_{processes.process_index}.safetensors")
+        Learning rates are no part of it: they are functions of the step.
+        """
+        processes, average = PartialState(), self.phases.average
+        save_file(random_state(), folder / f"random_state_{processes.process_index}.safetensors")
         if not processes.is_main_process:
             return
         self.model.save_pretrained(folder)
         CtrlCscImageProcessor(image_size=self.model.config.image_size).save_pretrained(folder)
         tensors = {
             f"{name}.{parameter}.{moment}": value
-            for name, optimizer in self._all_optimizers().items()
+            for name, optimizer in self._optimizers().items()
             for parameter, moments in optimizer.state_dict()["state"].items()
             for moment, value in moments.items()
         }
-        if self.average:
-            tensors |= {f"average.{index}": weights for index, weights in enumerate(self.average.weights)}
+        if average:
+            tensors |= {f"average.{index}": weights for index, weights in enumerate(average.weights)}
         save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, folder / TENSORS)
         numbers = {
-            "images": self.images,
-            "history": self.history.state_dict(),
-            "descents": {name: descent.done for name, descent in self.descents.items()},
-            "averaged": self.average.steps if self.average else None,
+            "images": self.images.identity,
+            "history": asdict(self.history) | {"places": [asdict(place) for place in self.places]},
+            "descents": {name: descent.done for name, descent in self.phases.descents.items()},
+            "averaged": average.steps if average else None,
         }
-        _write_json(folder / NUMBERS, numbers)
-        _write_json(folder / SETTINGS, asdict(self.settings) | {"images": self.images})
+        write_json(folder / NUMBERS, numbers)
+        write_json(folder / SETTINGS, asdict(self.settings) | {"images": self.images.identity})
 
-    def load(self, folder: Path) -> None:
-        """What `save` wrote, but the model, which was built from the folder already; checks settings and images.
+    def load_checkpoint(self, folder: Path) -> None:
+        """What `save_checkpoint` wrote, but the model, which was built from the folder already.
 
         Raises:
-            ValueError: for a setting that may not change and for other images, with both values, and for a file
-                that cannot be read.
+            ValueError: for a setting that may not change, for other images and another number of processes, with both
+                values, and for a file that cannot be read.
         """
-        random_state = folder / f"random_state_{PartialState().process_index}.safetensors"
+        phases, average, rank = self.phases, self.phases.average, PartialState().process_index
+        random_file = folder / f"random_state_{rank}.safetensors"
         with readable(folder / NUMBERS):
             numbers = read_object(folder / NUMBERS)
-            step = numbers["history"]["step"]
-            descents = {name: numbers["descents"][name] for name in self.descents}
+            history = History(**{key: v for key, v in numbers["history"].items() if key != "places"})
+            places = [Place(**place) for place in numbers["history"]["places"]]
+            done = {name: numbers["descents"][name] for name in phases.descents}
         with readable(folder / SETTINGS):
-            changes = self._changes(read_object(folder / SETTINGS), step)
+            history.changes += self._changes(read_object(folder / SETTINGS), history.step)
         with readable(folder / NUMBERS):
-            for name, value in self.images.items():
+            for name, value in self.images.identity.items():
                 if value != (before := numbers["images"][name]):
                     raise ValueError(
                         f"a run must be resumed on the images that it was started on: their {name} was "
-                        f"{shorten(repr(before), SHOWN)}, got {shorten(repr(value), SHOWN)}"
+                        f"{shorten(repr(before), SHOWN_LETTERS)}, got {shorten(repr(value), SHOWN_LETTERS)}"
                     )
-            if step > self.settings.max_train_steps:
+            if history.step > self.settings.max_train_steps:
                 raise ValueError(
-                    f"max_train_steps must be at least {step}, the step of {folder}, got "
+                    f"max_train_steps must be at least {history.step}, the step of {folder}, got "
                     f"{self.settings.max_train_steps}"
                 )
-            self.history.load_state_dict(numbers["history"])
-            self.history.changes += changes
+            if len(places) != (processes := PartialState().num_processes):
+                raise ValueError(f"a run of {len(places)} processes must be resumed by as many, got {processes}")
         with readable(folder / TENSORS):
             tensors = load_file(folder / TENSORS)
-            states: dict[str, dict[int, dict[str, Tensor]]] = {name: {} for name in self._all_optimizers()}
+            states: dict[str, dict[int, dict[str, Tensor]]] = {name: {} for name in self._optimizers()}
             for key, tensor in tensors.items():
                 name, _, rest = key.partition(".")
                 if name in states:
                     parameter, _, moment = rest.partition(".")
                     states[name].setdefault(int(parameter), {})[moment] = tensor
-            for name, optimizer in self._all_optimizers().items():
+            for name, optimizer in self._optimizers().items():
                 groups = optimizer.state_dict()["param_groups"]
                 optimizer.load_state_dict({"state": states[name], "param_groups": groups})
                 for weights, moments in optimizer.state.items():  # one kernel goes over both, in the order of memory
                     for moment, value in moments.items():
                         if value.shape == weights.shape:
                             moments[moment] = torch.empty_like(weights).copy_(value)
-            for index, weights in enumerate(self.average.weights if self.average else ()):
+            for index, weights in enumerate(average.weights if average else ()):
                 weights.copy_(tensors[f"average.{index}"])
-        for name, descent in self.descents.items():
-            descent.done = descents[name]
-        if self.average:
-            self.average.steps = numbers["averaged"]
-        with readable(random_state):
-            _restore_random_state(load_file(random_state))
+        self.history, self.places, self.loader.place = history, places, places[rank]
+        phases.game_steps = max(0, history.step)
+        for name, descent in phases.descents.items():
+            descent.done = done[name]
+        if average:
+            average.steps = numbers["averaged"]
+        with readable(random_file):
+            restore_random_state(load_file(random_file))
 
-    def _all_optimizers(self) -> dict[str, Optimizer]:
-        return {name: descent.optimizer for name, descent in self.descents.items()} | self.optimizers
+    def _optimizers(self) -> dict[str, Optimizer]:
+        return {**{name: d.optimizer for name, d in self.phases.descents.items()}, **self.phases.players}
 
     def _changes(self, earlier: dict[str, Any], step: int) -> list[dict[str, Any]]:
         """Settings that changed; refuses those that may not."""
@@ -212,6 +335,52 @@ class TrainingState:
                 changes.append({"step": step, "setting": name, "before": before, "after": value})
         return changes
 
+    # The model
+
+    @torch.no_grad()
+    def save_model(self) -> None:
+        """The folder that AutoModel and AutoImageProcessor load, with metrics.json, the run's record and pictures.
+
+        Raises:
+            OSError: if it cannot be written; what the folder holds of an earlier model is as it was.
+        """
+        model, images, records = self.evaluate(), self.images, self.history.records
+        shown = images.held_out[:GRID_IMAGES]
+        reconstructions = model(shown.to(model.device), return_dict=True).reconstruction.cpu()
+        processor = CtrlCscImageProcessor(image_size=model.config.image_size)
+        figures = {k.removeprefix("held_out_"): v for k, v in records[-1].items() if k.startswith("held_out_")}
+        # A model whose reconstructions are no closer than the mean of training images has learned nothing.
+        mean_image = images.calibration.mean(dim=0).expand_as(images.held_out)
+        figures["mean_image_psnr"] = peak_signal_to_noise_ratio(images.held_out, mean_image).mean().item()
+        if not figures["psnr"] > figures["mean_image_psnr"]:
+            logger.warning(
+                "The model has learned nothing: its reconstructions of the held-out images have %.2f dB, the mean "
+                "image %.2f dB. Longer training, other learning rates or more images may help.",
+                figures["psnr"],
+                figures["mean_image_psnr"],
+            )
+        measured = {
+            "dataset": self.settings.hub_dataset_id, "split": images.split, "num_images": len(images.held_out),
+        }  # fmt: skip
+        metrics = {
+            "step": self.history.step,
+            "unreadable_images": self.unreadable,
+            "figures": figure_records(figures, **measured, measured_by="training/train.py"),
+        }
+        record = {"changed_on_resume": self.history.changes, "images": images.identity}
+        samples = {self._sample_path(int(record["step"])) for record in records}
+        with replacing_model(self.output_dir, model, keep=samples) as folder:
+            model.save_pretrained(folder)
+            processor.save_pretrained(folder)
+            save_grid(folder / "reconstructions.png", shown, reconstructions)
+            (folder / "examples").mkdir()
+            for index, image in enumerate(processor.postprocess(shown[:EXAMPLES])):
+                image.save(folder / "examples" / f"{index}.png")
+            write_json(folder / "metrics.json", metrics)
+            write_json(folder / SETTINGS, asdict(self.settings) | record)
+            (folder / "history.json").write_text(json.dumps(records) + "\n", encoding="utf-8")
+            training_curves(records).savefig(folder / "training_curve.png", dpi=120)
+
 
 class CatchStop:
     """Turns the first Ctrl-C or SIGTERM into a request, which the run answers between two steps.
@@ -222,6 +391,7 @@ class CatchStop:
     """
 
     exit_code = 0
+    requested = False
 
     def seen(self) -> bool:
         """Whether any process was asked to stop; on all processes at once, which then wait for each other."""
@@ -230,7 +400,6 @@ class CatchStop:
         return bool(sum_over_processes(torch.tensor(self.requested, device=PartialState().device, dtype=torch.int32)))
 
     def __enter__(self) -> Self:
-        self.requested = False
         self._previous = {number: signal.signal(number, self._request) for number in (signal.SIGINT, signal.SIGTERM)}
         return self
 
@@ -243,120 +412,6 @@ class CatchStop:
         if number == signal.SIGINT:
             self.exit_code = 130
             signal.signal(signal.SIGINT, signal.default_int_handler)
-
-
-def save_checkpoint(accelerator: Accelerator, output_dir: Path, state: TrainingState) -> Path:
-    """Writes output_dir/checkpoint-STEP, then removes the oldest beyond checkpoints_total_limit. All of it or nothing.
-
-    On all processes at once; they share the file system.
-
-    Raises:
-        OSError: if it cannot be written; earlier ones are as they were.
-    """
-    folder = output_dir / f"checkpoint-{state.history.step}"
-    if folder.exists():  # of this very state: the run was resumed from it and has made no step since
-        return folder
-    unfinished = output_dir / f".{folder.name}.unfinished"
-    if accelerator.is_main_process:
-        for leftover in output_dir.glob(".checkpoint-*"):  # of a run that was killed
-            shutil.rmtree(leftover)
-    state.history.gather_places()
-    try:
-        if accelerator.is_main_process:
-            unfinished.mkdir()
-        accelerator.wait_for_everyone()
-        state.save(unfinished)
-        accelerator.wait_for_everyone()
-        if accelerator.is_main_process:
-            write_through(unfinished)
-    except Exception as error:  # each writer of the state raises its own
-        shutil.rmtree(unfinished, ignore_errors=True)  # whose space may be wanted for something else
-        raise OSError(f"{folder} cannot be written, earlier checkpoints are as they were: {error}") from error
-    if accelerator.is_main_process:
-        os.replace(unfinished, folder)
-        sync(output_dir)
-        limit = state.settings.checkpoints_total_limit
-        for old in checkpoints(output_dir)[: -limit if limit else 0]:
-            shutil.rmtree(old)
-    return folder
-
-
-def _random_state() -> dict[str, Tensor]:
-    """Of torch's generators of the CPU and, where there is one, of the GPU; nothing draws from others."""
-    state = {"cpu": torch.get_rng_state()}
-    return state | {"cuda": torch.cuda.get_rng_state()} if torch.cuda.is_available() else state
-
-
-def _restore_random_state(state: dict[str, Tensor]) -> None:
-    torch.set_rng_state(state["cpu"])
-    if "cuda" in state and torch.cuda.is_available():
-        torch.cuda.set_rng_state(state["cuda"])
-
-
-def readable(path: Path, remedy: str | None = None) -> AbstractContextManager[None]:
-    """Raises a ValueError that names the file where its content is not what it should be.
-
-    Args:
-        path: by default a file of a checkpoint.
-        remedy: what can be done about another one.
-    """
-    resume_from_before = f"to resume from the checkpoint before, remove the folder {path.parent}"
-    return records.readable(path, remedy or resume_from_before)
-
-
-def _write_json(path: Path, content: Any) -> None:
-    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-
-
-def write_through(folder: Path) -> None:
-    """Returns when all of the folder's files are on the disk, and not in its cache alone."""
-    for path in (*folder.rglob("*"), folder):
-        sync(path)
-
-
-def sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def checkpoints(output_dir: Path) -> list[Path]:
-    """The checkpoints of a run, oldest first; other folders and files may lie beside them."""
-    steps = {}
-    for path in output_dir.glob("checkpoint-*"):
-        if (step := re.fullmatch(r"checkpoint-(-?\d+)", path.name)) and path.is_dir():
-            steps[path] = int(step[1])
-    return sorted(steps, key=steps.__getitem__)
-
-
-def find_checkpoint(output_dir: Path, wanted: str) -> Path:
-    """The folder `wanted`, or the newest checkpoint for 'latest'.
-
-    Raises:
-        ValueError: if there is none.
-    """
-    if wanted != "latest":
-        if not (Path(wanted) / NUMBERS).is_file():
-            raise ValueError(f"resume_from_checkpoint must be a checkpoint folder or 'latest', got {wanted!r}")
-        return Path(wanted)
-    found = checkpoints(output_dir)
-    if not found:
-        raise ValueError(f"resume_from_checkpoint='latest', but there is no checkpoint in {output_dir}")
-    return found[-1]
-
-
-def training_settings(model: str) -> dict[str, Any]:
-    """What train.py wrote about the model's training; empty where nothing is known."""
-    path = Path(model, SETTINGS)
-    if not Path(model).exists():
-        with suppress(OSError, ValueError):  # there is none
-            path = Path(hf_hub_download(model, SETTINGS))
-    if not path.exists():
-        return {}
-    with readable(path, "remove it, and the model is measured without what is known of its training"):
-        return read_object(path)
 
 
 @contextmanager
@@ -383,60 +438,6 @@ def save_grid(path: Path, originals: Tensor, reconstructions: Tensor) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     scale = max(1, 64 // originals.shape[-1])
     reconstruction_grid(originals[: len(reconstructions)], reconstructions, scale=scale).save(path)
-
-
-def sample_path(output_dir: Path, step: int) -> Path:
-    """Where a run shows what it makes of held-out images at a step."""
-    return output_dir / "samples" / f"step-{step:06d}.png"
-
-
-@torch.no_grad()
-def save_model(
-    model: CtrlCscModel, output_dir: Path, state: TrainingState, held_out: Tensor, split: str, mean_image: Tensor
-) -> None:
-    """The folder that AutoModel and AutoImageProcessor load, with metrics.json, the run's record and pictures.
-
-    Args:
-        model: to be saved.
-        held_out: images (n, C, H, W) of the data set's `split`.
-        mean_image: of training images (C, H, W): a model whose reconstructions are no closer has learned nothing.
-
-    Raises:
-        OSError: if it cannot be written; what the folder holds of an earlier model is as it was.
-    """
-    shown = held_out[:GRID_IMAGES]
-    reconstructions = model(shown.to(model.device), return_dict=True).reconstruction.cpu()
-    processor = CtrlCscImageProcessor(image_size=model.config.image_size)
-    history, settings = state.history, state.settings
-    last = next(r for r in reversed(history.records) if "held_out_psnr" in r)
-    figures = {name.removeprefix("held_out_"): value for name, value in last.items() if name.startswith("held_out_")}
-    figures["mean_image_psnr"] = peak_signal_to_noise_ratio(held_out, mean_image.expand_as(held_out)).mean().item()
-    if not figures["psnr"] > figures["mean_image_psnr"]:
-        logger.warning(
-            "The model has learned nothing: its reconstructions of the held-out images have %.2f dB, the mean image "
-            "%.2f dB. Longer training, other learning rates or more images may help.",
-            figures["psnr"],
-            figures["mean_image_psnr"],
-        )
-    measured = {"dataset": settings.hub_dataset_id, "split": split, "num_images": len(held_out)}
-    metrics = {
-        "step": history.step,
-        "unreadable_images": history.unreadable,
-        "figures": figure_records(figures, **measured, measured_by="training/train.py"),
-    }
-    record = {"changed_on_resume": history.changes, "images": state.images}
-    samples = {sample_path(output_dir, int(record["step"])) for record in history.records}
-    with replacing_model(output_dir, model, keep=samples) as folder:
-        model.save_pretrained(folder)
-        processor.save_pretrained(folder)
-        save_grid(folder / "reconstructions.png", shown, reconstructions)
-        (folder / "examples").mkdir()
-        for index, image in enumerate(processor.postprocess(shown[:EXAMPLES])):
-            image.save(folder / "examples" / f"{index}.png")
-        _write_json(folder / "metrics.json", metrics)
-        _write_json(folder / SETTINGS, asdict(settings) | record)
-        (folder / "history.json").write_text(json.dumps(history.records) + "\n", encoding="utf-8")
-        training_curves(history.records).savefig(folder / "training_curve.png", dpi=120)
 
 
 def figure_records(figures: dict[str, float], **measured: Any) -> list[dict[str, Any]]:

@@ -9,15 +9,11 @@ from transformers import HfArgumentParser
 
 from ctrl_csc_hf import CtrlCscConfig
 from ctrl_csc_hf.models.configuration_ctrl_csc import default_stages
-from ctrl_csc_hf.objectives.closed_loop import ClosedLoop, ClosedLoopObjective
+from ctrl_csc_hf.objectives.closed_loop import ClosedLoopObjective
 from ctrl_csc_hf.training.presets import load_preset
-
-from .baselines import ConvolutionalConfig, SquaredErrorLoop
 
 # A loss scaler would have to serve two players with one backward pass; bf16 needs none.
 PRECISIONS = ("no", "bf16")
-ENCODERS = {"sparse_coding": CtrlCscConfig, "convolution": ConvolutionalConfig}
-LOOPS = {"closed_loop": ClosedLoop, "squared_error": SquaredErrorLoop}
 # Of transformers' schedules those that need neither a metric nor arguments of their own.
 SCHEDULERS = (
     "linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup", "inverse_sqrt",
@@ -32,8 +28,7 @@ STAGES = ("stage_channels", "kernel_sizes", "strides", "paddings")  # of a confi
 # Settings that may not change when a run is resumed: the steps before would have been other ones, or the images or
 # their order.
 FIXED = (
-    "dataset_config_name", "deconvolution_warmup_steps", "encoder", "energy_warmup_steps", "keep_dictionaries",
-    "label_column",
+    "dataset_config_name", "deconvolution_warmup_steps", "energy_warmup_steps", "keep_dictionaries", "label_column",
     "num_validation_images", "pretrained_model_name_or_path", "seed", "shuffle_buffer", "streaming", "train_split",
     "use_ema", "validation_split",
 )  # fmt: skip
@@ -120,10 +115,6 @@ class TrainingSettings:
     code_consistency: float = option(0.0, "w_c, weight of the codes' squared difference in the decoder's loss.")
     pixel_error: float = option(0.0, "w_x, weight of the squared error of pixels in the decoder's loss.")
 
-    # What CTRL-CSC is compared with, see baselines.py
-    encoder: str = option("sparse_coding", "sparse_coding, or convolution: ordinary convolutions in its place.")
-    loop: str = option("closed_loop", "closed_loop, or squared_error: an autoencoder, without the game.")
-
     # Collapse, see collapse.py
     collapse_share: float = option(
         0.25, "R(Z) of a batch below this share of its largest possible value counts as collapsed; 0 never does."
@@ -141,7 +132,7 @@ class TrainingSettings:
     keep_dictionaries: bool = option(
         False, "Leave the encoder's dictionaries, in the fit and the game, as the sparse-coding energy made them."
     )
-    max_train_steps: int = option(45_000, "Steps of the game, which follow those before it.")
+    max_train_steps: int = option(45_000, "Steps of the game, which follow those before it; 0 ends with the fit.")
     train_batch_size: int = option(256, "Images a step.")
     encoder_learning_rate: float = option(
         1.5e-4, "Learning rate of the encoder, and of what the players share; at 0 the decoder plays alone."
@@ -185,12 +176,12 @@ class TrainingSettings:
             self.streaming = self.dataset_name is not None
         if self.objective == "multi" and self.label_column == "none":
             raise ValueError("label_column must name a column for objective='multi', got 'none'")
-        for name in ("max_train_steps", "train_batch_size", "num_validation_images", "logging_steps",
-                     "validation_steps", "checkpointing_steps", "collapse_steps"):  # fmt: skip
+        for name in ("train_batch_size", "num_validation_images", "logging_steps", "validation_steps",
+                     "checkpointing_steps", "collapse_steps"):  # fmt: skip
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)!r}")
-        for name in ("energy_warmup_steps", "deconvolution_warmup_steps", "lr_warmup_steps", "shuffle_buffer",
-                     "dataloader_num_workers", "seed"):  # fmt: skip
+        for name in ("energy_warmup_steps", "deconvolution_warmup_steps", "max_train_steps", "lr_warmup_steps",
+                     "shuffle_buffer", "dataloader_num_workers", "seed"):  # fmt: skip
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must be at least 0, got {getattr(self, name)!r}")
         if not 0 <= self.encoder_learning_rate < float("inf"):
@@ -210,25 +201,13 @@ class TrainingSettings:
             raise ValueError(f"mixed_precision must be one of {PRECISIONS}, got {self.mixed_precision!r}")
         if self.checkpoints_total_limit is not None and self.checkpoints_total_limit < 1:
             raise ValueError(f"checkpoints_total_limit must be at least 1, got {self.checkpoints_total_limit!r}")
-        for name, allowed in (
-            ("encoder", ENCODERS),
-            ("loop", LOOPS),
-            ("lr_scheduler", SCHEDULERS),
-        ):
-            if getattr(self, name) not in allowed:
-                raise ValueError(f"{name} must be one of {tuple(allowed)}, got {getattr(self, name)!r}")
-        if self.encoder == "convolution" and (self.energy or self.energy_warmup_steps):
-            raise ValueError(
-                "energy and energy_warmup_steps must be 0 for encoder='convolution', which has none, "
-                f"got {self.energy!r} and {self.energy_warmup_steps!r}"
-            )
+        if self.lr_scheduler not in SCHEDULERS:
+            raise ValueError(f"lr_scheduler must be one of {SCHEDULERS}, got {self.lr_scheduler!r}")
         if self.keep_dictionaries and not (self.energy_warmup_steps or self.pretrained_model_name_or_path):
             raise ValueError(
                 "keep_dictionaries must be off where energy_warmup_steps is 0, or the dictionaries of a new model stay "
                 "random, got True"
             )
-        if self.encoder == "convolution" and self.push_to_hub:
-            raise ValueError("push_to_hub must be off for encoder='convolution': only CTRL-CSC models can be published")
         self.closed_loop_objective(num_classes=1)  # wrong weights and names are found before any data is read
 
     def closed_loop_objective(self, num_classes: int | None) -> ClosedLoopObjective:
@@ -298,7 +277,7 @@ def parse_settings(arguments: list[str] | None = None) -> tuple[TrainingSettings
             if "stage_channels" not in model and isinstance(value := model.get(name), list):
                 stages = len(default_stages(model["image_size"])["stage_channels"])
                 model[name] = [*value, *value[-1:] * stages][:stages]
-        return settings, ENCODERS[settings.encoder](**model)
+        return settings, CtrlCscConfig(**model)
     except (TypeError, ValueError) as error:
         raise ValueError(f"the model of {chosen.config}: {' '.join(str(error).split())}") from error
 

@@ -1,8 +1,7 @@
-"""What CTRL-CSC is compared with, trained as it is trained: ordinary convolutions, or the squared error of pixels."""
+"""Ordinary convolutions in place of sparse coding: `python benchmarks/baselines.py` takes what train.py takes."""
 
 from typing import Any
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel
@@ -10,9 +9,9 @@ from transformers import AutoConfig, AutoModel
 from ctrl_csc_hf import CtrlCscConfig, CtrlCscEncoder, CtrlCscModel
 from ctrl_csc_hf.models.batch_norm import BatchNorm
 from ctrl_csc_hf.models.sparse_coding import ConvolutionalDictionary
-from ctrl_csc_hf.objectives.closed_loop import ClosedLoop, ClosedLoopFigures
-from ctrl_csc_hf.objectives.distributed import count_over_processes
-from ctrl_csc_hf.objectives.rate_reduction import cosine_distance
+from ctrl_csc_hf.training.run import one_line_errors
+from ctrl_csc_hf.training.settings import parse_settings
+from ctrl_csc_hf.training.train import main as train
 
 LEAK = 0.2  # of the leaky relu, as in DCGAN's discriminator, which CTRL's encoder is
 
@@ -72,19 +71,14 @@ AutoConfig.register(ConvolutionalConfig.model_type, ConvolutionalConfig, exist_o
 AutoModel.register(ConvolutionalConfig, ConvolutionalModel, exist_ok=True)
 
 
-class SquaredErrorLoop(ClosedLoop):
-    """An autoencoder's training in place of the game: both nets minimise the mean of (x - xh)^2 over all pixels."""
+def launch() -> None:
+    """train.py, of ordinary convolutions in the sizes of the preset."""
+    with one_line_errors():
+        settings, config = parse_settings()
+        sizes = ("image_size", "latent_dim", "stage_channels", "kernel_sizes", "strides", "paddings")
+        options = {name: getattr(config, name) for name in (*sizes, "share_dictionaries")}
+        train(settings, ConvolutionalConfig(**options))
 
-    def backward(self, pixel_values: Tensor, labels: Tensor | None = None) -> ClosedLoopFigures:
-        """Adds the squared error's gradients; the figures are the game's, their two losses the squared error."""
-        z = self.model.encode(pixel_values).latents
-        xh = self.model.decode(z).reconstruction
-        count = count_over_processes(len(z), z.device)
-        loss = (pixel_values - xh.float()).square().flatten(1).mean(dim=1).sum() / count
-        with torch.no_grad():
-            zh = self.model.encode(xh, update_statistics=False, reuse_statistics=True).latents
-            _, rates = self.objective.utility(z, zh, labels)
-            consistency = cosine_distance(z, zh).sum() / count
-        loss.backward()
-        zero = loss.new_zeros(())
-        return self._figures(pixel_values, xh, zero, rates, zero, (consistency, zero), loss, loss, count)
+
+if __name__ == "__main__":
+    launch()
