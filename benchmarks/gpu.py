@@ -125,6 +125,11 @@ def milliseconds(step: Callable[[], object], seconds: float) -> float:
     return timed(max(3, min(100, int(seconds / timed(1))))) * 1e3
 
 
+def call_each(functions: list[Callable[[], object]]) -> None:
+    for function in functions:
+        function()
+
+
 def free_memory() -> None:
     gc.collect()
     if GPU:
@@ -219,10 +224,10 @@ class Training:
         flips = torch.rand(count, 1, 1, 1, generator=self.generator, device=DEVICE) < 0.5
         return to_pixel_values(torch.where(flips, chosen.flip(3), chosen))
 
-    def trial(self) -> Callable[[], object]:
-        """A step of the phase with the most steps, of a copy of the model."""
+    def trial(self, name: str) -> Callable[[], object]:
+        """A step of a phase, of a copy of the model; where it has hardly any, one of the phase with the most steps."""
         phases = Phases(copy.deepcopy(self.model), self.settings, graphs=self.graphs)
-        name = max(self.steps, key=lambda name: self.steps[name])
+        name = name if self.steps[name] > 1 else max(self.steps, key=lambda name: self.steps[name])
         phases.begin(name)
 
         def step() -> None:
@@ -305,15 +310,17 @@ def train(options: argparse.Namespace, graphs: list[str], figures: Figures) -> N
     last_moment = math.inf
     if options.train_seconds:
         allowed = min(options.train_seconds, options.end - EVALUATION_SECONDS - start)
-        trials = [training.trial() for training in trainings]
-        taken = figures["a step of each, ms"] = milliseconds(lambda: [step() for step in trials], seconds=0.5)
-        del trials
-        free_memory()
+        total = 0.0
+        for name in trainings[0].steps:
+            trials = [training.trial(name) for training in trainings]
+            taken = figures[f"a step of each, {name}, ms"] = milliseconds(partial(call_each, trials), seconds=0.5)
+            total += taken * max(training.steps[name] for training in trainings)
+            del trials
+            free_memory()
         figures["before the first step, s"] = time.monotonic() - start
-        most = max(sum(training.steps.values()) for training in trainings)
-        factor = (start + allowed - time.monotonic()) * 1e3 / (taken * most)
-        print(f"{taken:.1f} ms for a step of each, all phases {factor:.2f} times as long", flush=True)
-        last_moment = start + 1.1 * allowed
+        factor = (start + allowed - time.monotonic()) * 1e3 / total
+        print(f"all phases {factor:.2f} times as long", flush=True)
+        last_moment = start + allowed
         for training in trainings:
             training.steps = {name: max(1, int(n * factor)) if n else 0 for name, n in training.steps.items()}
     running = [(training, training.run(last_moment)) for training in trainings]

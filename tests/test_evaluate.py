@@ -25,6 +25,7 @@ from transformers import (
 
 from ctrl_csc_hf import CtrlCscConfig, CtrlCscModel
 from ctrl_csc_hf.metrics import VisionFeatures
+from ctrl_csc_hf.training.data import to_pixel_values
 from ctrl_csc_hf.training.presets import load_preset
 
 
@@ -137,7 +138,7 @@ def test_evaluation_measures_the_model_and_its_rivals_on_the_same_images(
     # The 8 images that train.py held out are measured on, the other 72 are fitted.
     images = evaluate.load_data(settings(model=str(model)), 16)
     assert len(images.test) == 8
-    fitted = torch.cat(list(evaluate.training_batches(images, 16, torch.device("cpu"))))
+    fitted = to_pixel_values(images.training)
     assert len(fitted) == 72 and torch.cdist(fitted.flatten(1), images.test.flatten(1)).min() > 0.1
     pixels, measured_on = (part.flatten(1).double().numpy() for part in (fitted, images.test))
     pca = PCA(8).fit(pixels)
@@ -184,10 +185,10 @@ def test_the_nearest_training_images_of_training_images_are_themselves(
     model = train("--max_train_steps", "1")
     ours = autoencoder(load_model(str(model), "cpu"))
     images = evaluate.load_data(settings(model=str(model)), 16)
-    fitted = torch.cat(list(evaluate.training_batches(images, 16, torch.device("cpu"))))
+    fitted = to_pixel_values(images.training)
     with torch.inference_mode():
         z = ours.encode(fitted)
-        neighbours, cosines = evaluate.nearest_training_images(ours, z, images, 16, torch.device("cpu"))
+        neighbours, cosines = evaluate.nearest_images(ours, z, images.training, torch.device("cpu"))
     torch.testing.assert_close(neighbours[:, 0], fitted)
     expected = (z @ z.T).sort(descending=True).values[:, : evaluate.NEIGHBOURS]
     torch.testing.assert_close(cosines, expected, atol=1e-5, rtol=0)
@@ -242,7 +243,7 @@ def test_of_a_split_that_is_fitted_other_images_are_measured_on(
     evaluate: ModuleType, settings: Callable[..., Any], split: str | None, tmp_path: Path
 ) -> None:
     images = evaluate.load_data(settings(model=str(tmp_path), split=split, num_images=5), 16)
-    fitted = torch.cat(list(evaluate.training_batches(images, 16, torch.device("cpu"))))
+    fitted = to_pixel_values(images.training)
     assert len(images.test) == 5 and len(fitted) == 75
     assert torch.cdist(fitted.flatten(1), images.test.flatten(1)).min() > 0.1
 

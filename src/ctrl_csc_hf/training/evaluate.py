@@ -21,7 +21,6 @@ All images are drawn uniformly from their splits, in random order, by the seed.
 import hashlib
 import json
 import logging
-from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -71,7 +70,6 @@ from .data import (
 from .ema import GRID_IMAGES
 from .run import figure_records, one_line_errors, save_grid
 from .settings import SettingsParser, check_output_dir, hub_id, option
-from .stream import ImageLoader, ImageStream
 
 logger = logging.getLogger(__name__)
 
@@ -116,7 +114,10 @@ class EvaluationSettings:
     )
     num_images: int = option(10_000, "Number of images to measure on.")
     num_frechet_images: int = option(5_000, "Number of these for the Fréchet and the kernel distance.")
-    num_probe_images: int = option(10_000, "Number of training images that the probes learn from.")
+    num_fitted_images: int = option(
+        50_000, "Number of training images that PCA and the mean image are fitted to and nearest ones are sought among."
+    )
+    num_probe_images: int = option(10_000, "Number of these that the probes learn from.")
     feature_model: list[str] | None = option(
         None,
         "Vision models for the distances, best two that learned from different images; without one there are none.",
@@ -146,7 +147,7 @@ class EvaluationSettings:
         check_output_dir(self.output_dir, self.unseen_dataset_name)
         self.hub_dataset_id = hub_id(self.dataset_name) or self.hub_dataset_id
         self.unseen_hub_dataset_id = hub_id(self.unseen_dataset_name) or self.unseen_hub_dataset_id
-        for name in ("num_images", "num_frechet_images", "num_probe_images", "num_unseen_images"):
+        for name in ("num_images", "num_frechet_images", "num_fitted_images", "num_probe_images", "num_unseen_images"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)!r}")
         models = len(self.feature_model or ())
@@ -172,12 +173,11 @@ class ProbeData:
     """
     classes: values of the labels, in order.
     labels: of the test images, (n,), places among the classes.
-    training_images: (m, 3, s, s), with training_labels (m,), in the same form.
+    training_labels: of the first of the training images, (m,), in the same form.
     """
 
     classes: list[int]
     labels: Tensor
-    training_images: Tensor
     training_labels: Tensor
 
 
@@ -185,7 +185,8 @@ class ProbeData:
 class Images:
     """What is measured on, and what rivals and probes are fitted on.
 
-    test: (n, 3, s, s), in random order; split: where it is from; training: the rows to fit on.
+    test: (n, 3, s, s), in random order; split: where it is from.
+    training: a sample to fit on, (m, 3, s, s), uint8, in random order.
     probed: labels of these and what probes learn from; None where there is no probe.
     held_out: whether the test images are of the data set that the model was trained on, and no training images.
     recorded: whether they are held out, or of another data set with an id of its own on the Hub: a card tells these.
@@ -193,8 +194,7 @@ class Images:
 
     test: Tensor
     split: str
-    training: ImageDataset
-    image_column: str
+    training: Tensor
     probed: ProbeData | None
     held_out: bool
     recorded: bool
@@ -239,13 +239,13 @@ def main(settings: EvaluationSettings) -> dict[str, dict[str, Any]]:
     autoencoders = {name: autoencoder(model) for name, model in models.items()}
     for name, path in map(named_path, settings.diffusers_autoencoders or ()):
         autoencoders[name] = diffusers_autoencoder(path, device)
-    batches = training_batches(images, size, device)
-    autoencoders |= linear_rivals(tqdm(batches, desc="training images, for PCA"), dims)
+    batches = tqdm(images.training.split(BATCH_SIZE), desc="training images, for PCA")
+    autoencoders |= linear_rivals((to_pixel_values(batch, device) for batch in batches), dims)
     results: dict[str, dict[str, Any]] = {}
     for name, rival in autoencoders.items():
         figures = measure(rival, images.test, features, settings.num_frechet_images, device, name)
         if images.probed is not None and name != "mean image":
-            figures |= probe(rival, images.test, images.probed, device)
+            figures |= probe(rival, images, images.probed, device)
         if unseen is not None:
             figures |= measure_unseen(rival, unseen, images.test[: len(unseen)], device)
         results[name] = figures
@@ -253,7 +253,7 @@ def main(settings: EvaluationSettings) -> dict[str, dict[str, Any]]:
     output_dir.mkdir(parents=True, exist_ok=True)
     num_unseen = 0 if unseen is None else len(unseen)
     write_metrics(output_dir / "metrics.json", settings, results, images, num_unseen, features, digest)
-    draw(output_dir, autoencoders, images, size, device, with_grid=images.held_out or not beside_model)
+    draw_pictures(output_dir, autoencoders, images, device, with_grid=images.held_out or not beside_model)
     print_table(results)
     print(f"Figures and pictures are in {output_dir}")
     return results
@@ -355,7 +355,7 @@ def load_data(settings: EvaluationSettings, image_size: int) -> Images:
         )
     image_column, label_column = find_columns(training.features, source.image_column, settings.label_column)
 
-    def draw_pixels(rows: ImageDataset, count: int) -> tuple[Tensor, list[int | None] | None]:
+    def draw(rows: ImageDataset, count: int) -> tuple[Tensor, list[int | None] | None]:
         images, labels = draw_images(
             rows,
             count,
@@ -364,37 +364,23 @@ def load_data(settings: EvaluationSettings, image_size: int) -> Images:
             seed=settings.seed,
             read=lambda encoded: decode(encoded, image_size),
         )
-        return to_pixel_values(torch.from_numpy(np.stack(images))), labels
+        return torch.from_numpy(np.stack(images)), labels
 
-    pixels, labels = draw_pixels(test, settings.num_images)
+    pixels, labels = draw(test, settings.num_images)
+    training_pixels, training_labels = draw(training, settings.num_fitted_images)
     probed = None
-    if label_column is None or labels is None:
+    if labels is None or training_labels is None:
         logger.warning("There is no column of labels, so no probe: --label_column names one")
     else:
-        training_pixels, training_labels = draw_pixels(training, settings.num_probe_images)
-        assert training_labels is not None
+        assert label_column is not None
         try:
-            classes, (test_places, training_places) = number_classes(label_column, labels, training_labels)
-            probed = ProbeData(classes, test_places, training_pixels, training_places)
+            probing = training_labels[: settings.num_probe_images]
+            classes, places = number_classes(label_column, labels, probing)
+            probed = ProbeData(classes, *places)
         except ValueError as error:
             logger.warning("%s, so there is no probe", error)
     recorded = held_out if of_training_data else has_other_id
-    return Images(pixels, split, training, image_column, probed, held_out, recorded)
-
-
-def training_batches(images: Images, image_size: int, device: torch.device) -> Iterator[Tensor]:
-    """All images to fit on."""
-    stream = ImageStream(
-        images.training,
-        image_column=images.image_column,
-        label_column=None,
-        image_size=image_size,
-        augmentation="none",
-        shuffle_buffer=1,
-        seed=0,
-    )
-    for batch in ImageLoader(stream, batch_size=BATCH_SIZE, num_workers=0).epoch():
-        yield to_pixel_values(batch["pixels"], device)
+    return Images(to_pixel_values(pixels), split, training_pixels, probed, held_out, recorded)
 
 
 def measure(
@@ -458,7 +444,7 @@ def in_features(figure: str, model: VisionFeatures) -> str:
     return f"{figure}, features of {model.name}"
 
 
-def probe(rival: Autoencoder, test: Tensor, data: ProbeData, device: torch.device) -> dict[str, float]:
+def probe(rival: Autoencoder, images: Images, data: ProbeData, device: torch.device) -> dict[str, float]:
     """Accuracies of classifiers of the latents, and of the stages' codes, learned from training images and labels."""
     inputs = {"": rival.encode}
     codes_of = rival.codes
@@ -469,9 +455,10 @@ def probe(rival: Autoencoder, test: Tensor, data: ProbeData, device: torch.devic
     figures: dict[str, float] = {}
     for prefix, features in inputs.items():
         statistic = LatentProbe(len(data.classes))
-        for x, y in zip(data.training_images.split(BATCH_SIZE), data.training_labels.split(BATCH_SIZE), strict=True):
-            statistic.fit_update(features(x.to(device)), y)
-        for x, y in zip(test.split(BATCH_SIZE), data.labels.split(BATCH_SIZE), strict=True):
+        training = images.training[: len(data.training_labels)]
+        for x, y in zip(training.split(BATCH_SIZE), data.training_labels.split(BATCH_SIZE), strict=True):
+            statistic.fit_update(features(to_pixel_values(x, device)), y)
+        for x, y in zip(images.test.split(BATCH_SIZE), data.labels.split(BATCH_SIZE), strict=True):
             statistic.update(features(x.to(device)), y)
         figures |= {prefix + name: value for name, value in statistic.compute().items()}
     return figures
@@ -548,11 +535,10 @@ def earlier_metrics(path: Path, digest: str) -> tuple[dict[str, Any], list[tuple
         return metrics, [((figure["dataset"], figure["split"]), figure) for figure in figures]
 
 
-def draw(
+def draw_pictures(
     output_dir: Path,
     autoencoders: dict[str, Autoencoder],
     images: Images,
-    image_size: int,
     device: torch.device,
     with_grid: bool,
 ) -> None:
@@ -570,7 +556,7 @@ def draw(
 
     x = shown[:SHOWN]
     z = ours.encode(x)
-    neighbours, cosines = nearest_training_images(ours, z, images, image_size, device)
+    neighbours, cosines = nearest_images(ours, z, images.training, device)
     table = torch.cat([x[:, None], ours.decode(z)[:, None], neighbours], dim=1)
     names = ["image", "reconstruction", *(f"nearest {index + 1}" for index in range(cosines.shape[1]))]
     captions = [["", "", *(f"cos {cosine:.2f}" for cosine in row)] for row in cosines.tolist()]
@@ -588,16 +574,14 @@ def draw(
     figure.savefig(output_dir / "correlations.png", dpi=120)
 
 
-def nearest_training_images(
-    ours: Autoencoder, z: Tensor, images: Images, image_size: int, device: torch.device
-) -> tuple[Tensor, Tensor]:
+def nearest_images(ours: Autoencoder, z: Tensor, training: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
     """For latents (n, d), the training images with the nearest latents (n, k, 3, s, s), and their cosines (n, k).
 
     k is `NEIGHBOURS`, or the number of training images if there are fewer.
     """
     cosines = z.new_full((len(z), 0), 0)
-    nearest = z.new_zeros(len(z), 0, 3, image_size, image_size)
-    for x in training_batches(images, image_size, device):
+    nearest = z.new_zeros(len(z), 0, *training.shape[1:])
+    for x in (to_pixel_values(batch, device) for batch in training.split(BATCH_SIZE)):
         cosines = torch.cat([cosines, z @ ours.encode(x).T], dim=1)
         nearest = torch.cat([nearest, x.expand(len(z), *x.shape)], dim=1)
         cosines, best = cosines.topk(min(NEIGHBOURS, cosines.shape[1]), dim=1)
