@@ -122,21 +122,6 @@ def test_codes_are_the_hidden_states_and_latents_the_pooled_output(by_configurat
     torch.testing.assert_close(torch.tanh(pixels + model.decoder.output_bias[:, None, None]), decoded.reconstruction)
 
 
-@pytest.mark.parametrize("by_configuration", [False, True])
-def test_tuples_hold_what_the_dataclasses_hold(by_configuration):
-    model, x = build_model(), images()
-    latents = model.encode(x).latents
-    expected = [model(x), model.encoder(x), model.decoder(latents)]
-    asked = {"return_dict": False}
-    if by_configuration:
-        model.config.return_dict, asked = False, {}
-    found = [model(x, **asked), model.encoder(x, **asked), model.decoder(latents, **asked)]
-    for out, values in zip(expected, found, strict=True):
-        assert type(values) is tuple
-        assert all(torch.equal(a, b) for a, b in zip(out.to_tuple(), values, strict=True))
-    assert torch.equal(model.decode(model.encode(x).latents).reconstruction, expected[0].reconstruction)
-
-
 @pytest.mark.parametrize("pool", [False, True])
 def test_the_feature_extraction_pipeline_gives_the_latents(pool, tmp_path):
     model, processor = build_model(), CtrlCscImageProcessor(image_size=8)
