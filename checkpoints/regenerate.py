@@ -4,6 +4,7 @@ import shutil
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+from huggingface_hub import ModelCard
 from transformers import AutoModel
 
 import ctrl_csc_hf  # noqa: F401  registers the model with AutoModel
@@ -22,7 +23,7 @@ def main() -> None:
                 Path(scratch) / folder.name,
                 repo_id=f"ORGANIZATION/{folder.name}",
                 checkpoint=folder,
-                license="apache-2.0",
+                license=ModelCard.load(folder / "README.md").data.license,
                 half=True,
             )
             shutil.rmtree(folder)

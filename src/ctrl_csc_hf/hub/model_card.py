@@ -57,6 +57,7 @@ TASK = "image-feature-extraction"
 LICENCES = {
     "ILSVRC/imagenet-1k": "for non-commercial research and education only, by the terms of ImageNet",
     "uoft-cs/cifar10": "published without a licence, collected from the web",
+    "zh-plus/tiny-imagenet": "a part of ImageNet, for non-commercial research and education only, by its terms",
 }
 BIASES = {
     "ILSVRC/imagenet-1k": (
@@ -66,6 +67,10 @@ BIASES = {
     "uoft-cs/cifar10": (
         "CIFAR-10 holds ten classes of animals and vehicles, small, centred and collected from the web in English; "
         "faces, text and whatever else it lacks come out worse."
+    ),
+    "zh-plus/tiny-imagenet": (
+        "Tiny ImageNet holds 200 of ImageNet's categories, objects and animals that web search in English found around "
+        "2010, mostly in North America and Europe; images unlike these come out worse."
     ),
 }
 # Settings that name folders of the machine that trained, or may.
