@@ -6,6 +6,7 @@ skipped where these are missing.
 
 import copy
 import importlib
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -164,7 +165,7 @@ def test_evaluation_runs_to_its_end(train: Train, image_folder: Path, tmp_path: 
             num_images=40,
             num_frechet_images=30,
             num_probe_images=60,
-            unseen_dataset_name=str(image_folder),
+            unseen_dataset_name=str(shutil.copytree(image_folder, tmp_path / "unseen")),
             unseen_split="train",
             num_unseen_images=20,
             output_dir=str(model),

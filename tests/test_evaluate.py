@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import shutil
 from collections.abc import Callable
 from itertools import product
 from pathlib import Path
@@ -92,7 +93,7 @@ def test_evaluation_measures_the_model_and_its_rivals_on_the_same_images(
             diffusers_autoencoders=[f"kl={kl}"],
             feature_model=[classifier(tmp_path / "resnet"), other_classifier(tmp_path / "mobilenet")],
             feature_size=[32, 40],
-            unseen_dataset_name=str(image_folder),
+            unseen_dataset_name=str(shutil.copytree(image_folder, tmp_path / "unseen")),
             unseen_split="train",
             unseen_hub_dataset_id="org/unseen",
             num_unseen_images=20,
@@ -447,12 +448,38 @@ def test_figures_and_pictures_are_not_written_into_the_images(
             settings(model="any", output_dir=str(image_folder / "evaluation"), **changes)
 
 
-@pytest.mark.parametrize("rival", ["path", "=path", "CTRL-CSC=path", "name="])
+@pytest.mark.parametrize("rival", ["path", "=path", "CTRL-CSC=path", "name=", "mean image=path", "PCA, 8 numbers=path"])
 def test_a_rival_without_a_name_of_its_own_is_refused(
     evaluate: ModuleType, settings: Callable[..., Any], train: Callable[..., Path], rival: str
 ) -> None:
     with pytest.raises(ValueError, match="rivals must be NAME=PATH"):
         evaluate.main(settings(model=str(train("--max_train_steps", "1")), rivals=[rival]))
+
+
+def test_two_rivals_of_one_name_are_refused(settings: Callable[..., Any]) -> None:
+    with pytest.raises(ValueError, match=r"must have different names, got \['a', 'a'\]"):
+        settings(model="any", rivals=["a=first"], diffusers_autoencoders=["a=second"])
+
+
+def test_what_the_model_was_trained_on_is_not_unseen(
+    evaluate: ModuleType, settings: Callable[..., Any], train: Callable[..., Path], image_folder: Path, tmp_path: Path
+) -> None:
+    model = str(train("--max_train_steps", "1", "--hub_dataset_id", "org/trained"))
+    other = labelled(tmp_path / "other", [0, 1] * 10)
+    for unseen in ({"unseen_dataset_name": str(image_folder)},
+                   {"unseen_dataset_name": other, "unseen_hub_dataset_id": "org/trained"}):  # fmt: skip
+        with pytest.raises(ValueError, match="unseen_dataset_name must be another data set than"):
+            evaluate.main(settings(model=model, train_data_dir=other, **unseen))
+
+
+def test_a_copy_of_the_training_images_is_known_by_what_it_holds(
+    evaluate: ModuleType, settings: Callable[..., Any], train: Callable[..., Path], image_folder: Path, tmp_path: Path
+) -> None:
+    model = str(train("--max_train_steps", "1"))
+    copy = str(shutil.copytree(image_folder, tmp_path / "copy"))
+    given = {"model": model, "train_data_dir": copy, "hub_dataset_id": "org/copy", "num_images": 20, "seed": 7}
+    images, own = (evaluate.load_data(settings(**case), 16) for case in (given, {"model": model}))
+    assert images.held_out and torch.equal(images.test, own.test)
 
 
 def test_what_is_no_autoencoder_is_refused(tmp_path: Path) -> None:

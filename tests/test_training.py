@@ -16,7 +16,7 @@ import pytest
 import torch
 from conftest import TINY_PRESET, TRAINING
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModel
 
 from ctrl_csc_hf import CtrlCscConfig, CtrlCscDenoiser, CtrlCscDenoiserConfig, CtrlCscImageProcessor, CtrlCscModel
@@ -188,6 +188,7 @@ def test_a_run_is_resumed_on_the_same_images_wherever_they_lie_and_on_no_others(
 @pytest.mark.parametrize(
     ("name", "content"),
     [
+        ("config.json", b"[]"),
         ("model.safetensors", None),
         ("training_state.safetensors", None),
         ("training_state.json", b"{}"),
@@ -202,6 +203,21 @@ def test_a_damaged_file_of_a_checkpoint_is_named(name: str, content: bytes | Non
     path = checkpoint / name
     whole = path.read_bytes()
     path.write_bytes(whole[: len(whole) // 2] if content is None else content)
+    try:
+        with pytest.raises(ValueError, match=rf"{name} cannot be read, .* remove the folder .*checkpoint-1$"):
+            run_main([*flags, "--resume_from_checkpoint", "latest"])
+    finally:
+        path.write_bytes(whole)
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "training_state.safetensors"])
+def test_a_file_of_a_checkpoint_that_lacks_a_tensor_is_named(name: str, checkpoint: Path) -> None:
+    flags = json.loads((checkpoint.parent / "flags.json").read_text(encoding="utf-8"))
+    path = checkpoint / name
+    whole = path.read_bytes()
+    tensors = load_file(path)
+    tensors.pop(next(key for key in tensors if key.startswith("decoder")))
+    save_file(tensors, path, {"format": "pt"})
     try:
         with pytest.raises(ValueError, match=rf"{name} cannot be read, .* remove the folder .*checkpoint-1$"):
             run_main([*flags, "--resume_from_checkpoint", "latest"])
@@ -329,6 +345,16 @@ def test_the_output_lies_outside_of_the_images_as_its_pictures_would_be_trained_
         with pytest.raises(ValueError, match=r"output_dir must lie outside of the folder of the images, .*, got"):
             parse_settings([f"--{data}", folder, "--output_dir", output])
     assert parse_settings([f"--{data}", ".", "--output_dir", str(tmp_path)])
+
+
+@pytest.mark.parametrize("own", ["examples", "samples"])
+def test_images_where_a_model_keeps_its_pictures_are_not_trained_on(own: str, tmp_path: Path) -> None:
+    from ctrl_csc_hf.training.settings import parse_settings
+
+    (tmp_path / own / "photos").mkdir(parents=True)
+    for folder in (tmp_path / own, tmp_path / own / "photos"):
+        with pytest.raises(ValueError, match=r"must not be above the folder of the images, .*, in which pictures of"):
+            parse_settings(["--train_data_dir", str(folder), "--output_dir", str(tmp_path)])
 
 
 def test_a_hub_that_does_not_answer_is_one_line(image_folder: Path, tmp_path: Path) -> None:
@@ -576,6 +602,7 @@ def test_ctrl_c_saves_a_checkpoint_from_which_the_run_goes_on(
         (("--train_split", "nothing"), "nothing"),
         (("--lr_scheduler", "reduce_lr_on_plateau"), "lr_scheduler must be one of .*'linear'.*, got 'reduce_lr"),
         (("--push_to_hub",), "license"),
+        (("--seed", "4294967296"), r"seed must be below 2\^32, got 4294967296"),
         (("--lr_warmup_steps", "-3"), "lr_warmup_steps must be at least 0, got -3"),
         (("--shuffle_buffer", "-1"), "shuffle_buffer must be at least 0, got -1"),
         (("--dataloader_num_workers", "-1"), "dataloader_num_workers must be at least 0, got -1"),

@@ -44,6 +44,7 @@ SPLIT_FOLDERS = {
     "validation": "validation", "valid": "validation", "val": "validation", "dev": "validation",
     "test": "test", "testing": "test",
 }  # fmt: skip
+OWN_FOLDERS = ("examples", "samples")  # of a model's folder, for pictures
 TABLES = (".parquet", ".arrow", ".tar")  # files of many images each
 ARCHIVES = (".zip", ".gz", ".tgz", ".bz2", ".xz", ".zst", ".lz4", ".7z", ".rar")  # unpacked by `datasets`
 UNREAD = (".avif", ".avifs", ".heic", ".heif", ".jxl", ".qoi", ".mpo")  # images that `datasets` passes over
@@ -138,16 +139,24 @@ def find_data(name: str) -> dict[str, Any]:
 
 
 def check_output(output: str | Path, data: str | None) -> None:
-    """Refuses an output in a local data set, where pictures of it would be read as images the next time.
+    """Refuses an output in a local data set, where pictures of it would be read as images the next time, and a data set
+    in a folder that the output has for pictures of its own, which replace what is there.
 
     Args:
         output: a folder.
         data: a Hub id, or a local folder; None for none.
 
     Raises:
-        ValueError: if the output lies there.
+        ValueError: if one lies in the other.
     """
-    if data is not None and Path(data).is_dir() and Path(output).resolve().is_relative_to(Path(data).resolve()):
+    if data is None or not Path(data).is_dir():
+        return
+    if any(Path(data).resolve().is_relative_to(Path(output).resolve() / own) for own in OWN_FOLDERS):
+        raise ValueError(
+            f"must not be above the folder of the images, {data}, in which pictures of the model would take the place "
+            f"of images, got {output}"
+        )
+    if Path(output).resolve().is_relative_to(Path(data).resolve()):
         raise ValueError(
             f"must lie outside of the folder of the images, {data}, where the pictures written into it would be read "
             f"as images the next time, got {output}"

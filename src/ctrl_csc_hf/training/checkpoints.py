@@ -19,6 +19,8 @@ from ctrl_csc_hf.hub import records
 TENSORS = "training_state.safetensors"  # of a checkpoint, beside the model
 NUMBERS = "training_state.json"
 SETTINGS = "training_args.json"
+# Settings that decide which images a run holds out
+DIVIDING = ("train_split", "streaming", "label_column", "validation_split", "num_validation_images", "seed")
 
 
 def write_checkpoint(
@@ -115,7 +117,12 @@ def training_settings(model: str) -> dict[str, Any]:
     if not path.exists():
         return {}
     with records.readable(path, "remove it, and the model is measured without what is known of its training"):
-        return records.read_object(path)
+        settings = records.read_object(path)
+        if missing := set(DIVIDING) - settings.keys() if settings.get("images", {}) else None:
+            raise KeyError(*sorted(missing))
+        if not isinstance(settings.get("images", {}), dict):
+            raise TypeError(f"images must be an object, but is {settings['images']!r}")
+        return settings
 
 
 def random_state() -> dict[str, Tensor]:

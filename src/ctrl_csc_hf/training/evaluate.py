@@ -53,7 +53,7 @@ from ctrl_csc_hf.metrics import (
     peak_signal_to_noise_ratio,
 )
 
-from .autoencoders import Autoencoder, autoencoder, diffusers_autoencoder, linear_rivals, load_model
+from .autoencoders import MEAN_IMAGE, Autoencoder, autoencoder, diffusers_autoencoder, linear_rivals, load_model
 from .checkpoints import training_settings
 from .data import (
     HELD_OUT_SPLITS,
@@ -75,6 +75,7 @@ logger = logging.getLogger(__name__)
 
 BATCH_SIZE = 250
 MODEL = "CTRL-CSC"
+PLACES = ("train_data_dir", "dataset_name")  # settings that name a data set, of train.py and here
 SHOWN = 10  # images a row of the pictures
 MAPPED = 500  # images of the heat map
 NEIGHBOURS = 5
@@ -150,6 +151,9 @@ class EvaluationSettings:
         for name in ("num_images", "num_frechet_images", "num_fitted_images", "num_probe_images", "num_unseen_images"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)!r}")
+        names = [named_path(rival)[0] for rival in (*(self.rivals or ()), *(self.diffusers_autoencoders or ()))]
+        if len(set(names)) < len(names):
+            raise ValueError(f"rivals and diffusers_autoencoders must have different names, got {names}")
         models = len(self.feature_model or ())
         if len(self.feature_size) not in (1, models) or min(self.feature_size) < 1:
             raise ValueError(
@@ -215,6 +219,7 @@ def main(settings: EvaluationSettings) -> dict[str, dict[str, Any]]:
     features = [VisionFeatures(path, side, device) for path, side in zip(paths, sides, strict=True)]
     if len({model.name for model in features}) < len(features):
         raise ValueError(f"feature_model must hold models of different names, got {[model.name for model in features]}")
+    check_unseen(settings)
     images = load_data(settings, size)
     output_dir = Path(settings.output_dir)
     beside_model = settings.is_beside_model and images.recorded
@@ -239,12 +244,11 @@ def main(settings: EvaluationSettings) -> dict[str, dict[str, Any]]:
     autoencoders = {name: autoencoder(model) for name, model in models.items()}
     for name, path in map(named_path, settings.diffusers_autoencoders or ()):
         autoencoders[name] = diffusers_autoencoder(path, device)
-    batches = tqdm(images.training.split(BATCH_SIZE), desc="training images, for PCA")
-    autoencoders |= linear_rivals((to_pixel_values(batch, device) for batch in batches), dims)
+    autoencoders |= linear_rivals(images.training, dims, device)
     results: dict[str, dict[str, Any]] = {}
     for name, rival in autoencoders.items():
         figures = measure(rival, images.test, features, settings.num_frechet_images, device, name)
-        if images.probed is not None and name != "mean image":
+        if images.probed is not None and name != MEAN_IMAGE:
             figures |= probe(rival, images, images.probed, device)
         if unseen is not None:
             figures |= measure_unseen(rival, unseen, images.test[: len(unseen)], device)
@@ -261,8 +265,10 @@ def main(settings: EvaluationSettings) -> dict[str, dict[str, Any]]:
 
 def named_path(rival: str) -> tuple[str, str]:
     name, separator, path = rival.partition("=")
-    if not (name and separator and path) or name == MODEL:
-        raise ValueError(f"rivals must be NAME=PATH with a name other than {MODEL!r}, got {rival!r}")
+    if not (name and separator and path) or name in (MODEL, MEAN_IMAGE) or name.startswith("PCA, "):
+        raise ValueError(
+            f"rivals must be NAME=PATH with a name other than {MODEL!r}, {MEAN_IMAGE!r} and those of PCA, got {rival!r}"
+        )
     return name, path
 
 
@@ -274,17 +280,46 @@ def digest_of(model: CtrlCscModel) -> str:
     return digest.hexdigest()
 
 
+def check_unseen(settings: EvaluationSettings) -> None:
+    """Refuses as unseen what the model was trained or is measured on, by its id or its place."""
+    if not settings.unseen_dataset_name:
+        return
+    trained_with = training_settings(settings.model)
+    ids = {settings.hub_dataset_id, trained_with.get("hub_dataset_id")} - {None}
+    named = (name for source in (asdict(settings), trained_with) for name in map(source.get, PLACES) if name)
+    places = {Path(name).resolve() for name in named}
+    if settings.unseen_hub_dataset_id in ids or Path(settings.unseen_dataset_name).resolve() in places:
+        raise ValueError(
+            "unseen_dataset_name must be another data set than the model was trained on or is measured on, got "
+            f"{settings.unseen_dataset_name!r}"
+        )
+
+
 def is_training_data(settings: EvaluationSettings, trained_with: dict[str, Any]) -> bool:
-    """Whether the data set is called that of the model's training: by its Hub id, or by its local folder."""
+    """Whether the data set is that of the model's training: by its Hub id, its local folder, or as a copy of that."""
     if settings.dataset_config_name not in (None, trained_with.get("dataset_config_name")):
         return False
     if settings.hub_dataset_id and settings.hub_dataset_id == trained_with.get("hub_dataset_id"):
         return True
     here = settings.train_data_dir or settings.dataset_name
     there = trained_with.get("train_data_dir") or trained_with.get("dataset_name")
-    if here is None or there is None or not Path(there).exists():
+    if here is None or not Path(here).exists():
         return False
-    return Path(here).resolve() == Path(there).resolve()
+    if there is not None and Path(here).resolve() == Path(there).resolve():
+        return True
+    if not (known := trained_with.get("images")):
+        return False
+    copy = ImageSource(
+        dataset_name=settings.dataset_name,
+        train_data_dir=settings.train_data_dir,
+        split=trained_with["train_split"],
+        streaming=trained_with["streaming"],
+        label_column=trained_with["label_column"],
+    )
+    try:
+        return identify_as_trained(copy, trained_with)[0] == known
+    except ValueError:  # it has no such split or column
+        return False
 
 
 def are_same_images(source: ImageSource, trained_with: dict[str, Any], split: str) -> bool:
@@ -502,7 +537,7 @@ def write_metrics(
         "measured_by": "training/evaluate.py",
     }
     figures = {name: ours[name] for name in CARD_FIGURES if name in ours}  # not all of them are measured everywhere
-    figures["mean_image_psnr"] = results["mean image"]["psnr"]
+    figures["mean_image_psnr"] = results[MEAN_IMAGE]["psnr"]
     records = figure_records(figures, **measured)
     for model in features:
         count = min(settings.num_frechet_images, len(images.test))

@@ -252,6 +252,7 @@ class Run:
             "history": asdict(self.history) | {"places": [asdict(place) for place in self.places]},
             "descents": {name: descent.done for name, descent in self.phases.descents.items()},
             "averaged": average.steps if average else None,
+            "tensors": len(tensors),
         }
         write_json(folder / NUMBERS, numbers)
         write_json(folder / SETTINGS, asdict(self.settings) | {"images": self.images.identity})
@@ -270,6 +271,9 @@ class Run:
             history = History(**{key: v for key, v in numbers["history"].items() if key != "places"})
             places = [Place(**place) for place in numbers["history"]["places"]]
             done = {name: numbers["descents"][name] for name in phases.descents}
+            averaged, count, lanes = numbers["averaged"], numbers["tensors"], [len(place.lanes) for place in places]
+            if any(lane != len(self.loader.place.lanes) for lane in lanes):
+                raise LookupError(f"places of {lanes} lanes")
         with readable(folder / SETTINGS):
             history.changes += self._changes(read_object(folder / SETTINGS), history.step)
         with readable(folder / NUMBERS):
@@ -288,6 +292,8 @@ class Run:
                 raise ValueError(f"a run of {len(places)} processes must be resumed by as many, got {processes}")
         with readable(folder / TENSORS):
             tensors = load_file(folder / TENSORS)
+            if len(tensors) != count:
+                raise LookupError(f"{len(tensors)} of {count} tensors")
             states: dict[str, dict[int, dict[str, Tensor]]] = {name: {} for name in self._optimizers()}
             for key, tensor in tensors.items():
                 name, _, rest = key.partition(".")
@@ -308,7 +314,7 @@ class Run:
         for name, descent in phases.descents.items():
             descent.done = done[name]
         if average:
-            average.steps = numbers["averaged"]
+            average.steps = averaged
         with readable(random_file):
             restore_random_state(load_file(random_file))
 

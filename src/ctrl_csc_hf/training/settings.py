@@ -184,6 +184,8 @@ class TrainingSettings:
                      "shuffle_buffer", "dataloader_num_workers", "seed"):  # fmt: skip
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must be at least 0, got {getattr(self, name)!r}")
+        if self.seed >= 2**32:
+            raise ValueError(f"seed must be below 2^32, got {self.seed!r}")
         if not 0 <= self.encoder_learning_rate < float("inf"):
             raise ValueError(
                 f"encoder_learning_rate must be a number of at least 0, got {self.encoder_learning_rate!r}"

@@ -20,6 +20,7 @@ from transformers import AutoModel, PreTrainedConfig
 
 from ctrl_csc_hf import CtrlCscConfig, CtrlCscModel
 from ctrl_csc_hf.hub.publishing import publication_terms, publish
+from ctrl_csc_hf.hub.records import read_object
 from ctrl_csc_hf.latents.encoding import find_columns
 from ctrl_csc_hf.objectives.rate_reduction import SMALL_CLASS
 
@@ -122,8 +123,12 @@ def start_processes(settings: TrainingSettings) -> Accelerator:
 def make_model(settings: TrainingSettings, config: CtrlCscConfig, checkpoint: Path | None) -> CtrlCscModel:
     """Of the checkpoint, of the settings' pretrained model, or new; `check_config` says what it raises."""
     if checkpoint:
+        with readable(checkpoint / "config.json"):
+            read_object(checkpoint / "config.json")["model_type"]
         with readable(checkpoint / "model.safetensors"):
-            model = AutoModel.from_pretrained(checkpoint)
+            model, report = AutoModel.from_pretrained(checkpoint, output_loading_info=True)
+            if missing := report["missing_keys"]:
+                raise LookupError(f"it lacks {sorted(missing)}")
     elif settings.pretrained_model_name_or_path:
         model = AutoModel.from_pretrained(settings.pretrained_model_name_or_path)
     else:
