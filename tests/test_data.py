@@ -437,7 +437,7 @@ def test_where_there_is_no_other_split_a_part_is_held_out(validation_split, parq
         ({"picture": "image", "fine": "class", "label": "class"}, ("picture", "label")),
         ({"picture": "image", "labels": "int64", "id": "int64"}, ("picture", "labels")),
         ({"picture": "image", "id": "int64", "label": "string"}, ("picture", None)),
-        ({"id": "int64"}, "image_column must name the column of images, one of .*'id'"),
+        ({"id": "int64"}, r"no column is of the type datasets\.Image: \{'id': Value\('int64'\)\}; cast_column"),
         ({"a": "image", "b": "image"}, "image_column must name the column of images, one of .*'a', 'b'"),
     ],
 )

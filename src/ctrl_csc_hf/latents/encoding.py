@@ -334,8 +334,13 @@ def find_columns(
     """
     if image_column is None:
         found = [name for name, feature in features.items() if isinstance(feature, datasets.Image)]
-        if len(found) != 1:
-            raise ValueError(f"image_column must name the column of images, one of {found or list(features)}, got None")
+        if not found:
+            raise ValueError(
+                f"image_column must hold images, but no column is of the type datasets.Image: {dict(features)}; "
+                "cast_column(NAME, datasets.Image()) makes one of files, paths or bytes"
+            )
+        if len(found) > 1:
+            raise ValueError(f"image_column must name the column of images, one of {found}, got None")
         (image_column,) = found
     if label_column is None:
         classes = [name for name, feature in features.items() if isinstance(feature, datasets.ClassLabel)]
