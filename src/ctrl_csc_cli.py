@@ -396,7 +396,9 @@ def _load_model(path_or_repository: str) -> "CtrlCscModel":
     from ctrl_csc_hf.hub.records import DAMAGED
 
     try:
-        model = AutoModel.from_pretrained(path_or_repository, trust_remote_code=False)
+        model, report = AutoModel.from_pretrained(path_or_repository, trust_remote_code=False, output_loading_info=True)
+        if missing := report["missing_keys"]:  # which would be random
+            raise LookupError(f"the weights lack {sorted(missing)}")
     except (*DAMAGED, ValueError) as error:
         raise typer.BadParameter(
             f"must be a folder or a Hub repository with a CTRL-CSC model, got {path_or_repository!r}, of which "

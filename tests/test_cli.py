@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from transformers import BertConfig, BertModel
 from typer.testing import CliRunner
 
@@ -286,6 +287,16 @@ def test_a_port_in_use_is_said(model_folder: Path) -> None:
 def test_a_port_that_cannot_be_is_said(model_folder: Path) -> None:
     result = CliRunner().invoke(app, ["demo", "--model", str(model_folder), "--port", "65536"])
     assert result.exit_code == 2 and "Invalid value for '--port'" in result.output
+
+
+def test_weights_that_lack_a_tensor_are_not_published(own_model: Path, tmp_path: Path) -> None:
+    tensors = load_file(own_model / "model.safetensors")
+    del tensors["decoder.output_bias"]
+    save_file(tensors, own_model / "model.safetensors", {"format": "pt"})
+    target = ["--repo_id", "org/model", "--dry_run", str(tmp_path / "out")]
+    result = CliRunner().invoke(app, ["publish", "--model", str(own_model), *target])
+    assert result.exit_code == 2 and not (tmp_path / "out").exists()
+    assert "the weights lack ['decoder.output_bias']" in " ".join(re.sub("[│╭╰─]", " ", result.output).split())
 
 
 def test_a_damaged_sampler_is_one_line(own_model: Path) -> None:
