@@ -271,9 +271,7 @@ class Run:
             history = History(**{key: v for key, v in numbers["history"].items() if key != "places"})
             places = [Place(**place) for place in numbers["history"]["places"]]
             done = {name: numbers["descents"][name] for name in phases.descents}
-            averaged, count, lanes = numbers["averaged"], numbers["tensors"], [len(place.lanes) for place in places]
-            if any(lane != len(self.loader.place.lanes) for lane in lanes):
-                raise LookupError(f"places of {lanes} lanes")
+            averaged, count = numbers["averaged"], numbers["tensors"]
         with readable(folder / SETTINGS):
             history.changes += self._changes(read_object(folder / SETTINGS), history.step)
         with readable(folder / NUMBERS):
@@ -290,6 +288,9 @@ class Run:
                 )
             if len(places) != (processes := PartialState().num_processes):
                 raise ValueError(f"a run of {len(places)} processes must be resumed by as many, got {processes}")
+            lanes, expected = len(places[rank].lanes), len(self.loader.place.lanes)
+            if lanes != expected:
+                raise LookupError(f"a place in {lanes} lanes instead of {expected}")
         with readable(folder / TENSORS):
             tensors = load_file(folder / TENSORS)
             if len(tensors) != count:

@@ -32,12 +32,12 @@ FIXED = (
     "num_validation_images", "pretrained_model_name_or_path", "seed", "shuffle_buffer", "streaming", "train_split",
     "use_ema", "validation_split",
 )  # fmt: skip
-# Settings without influence on what is learned.
+# Settings without influence on what is learned; those of the data set, as the images must be the same.
 WITHOUT_INFLUENCE = (
     "cache_dir", "checkpointing_steps", "checkpoints_total_limit", "dataloader_num_workers", "dataset_name",
-    "gradient_checkpointing", "hub_license", "hub_model_id", "hub_private_repo", "logging_dir", "logging_steps",
-    "max_unreadable_share", "output_dir", "push_to_hub", "report_to", "resolution", "resume_from_checkpoint",
-    "train_data_dir", "validation_steps",
+    "gradient_checkpointing", "hub_dataset_id", "hub_license", "hub_model_id", "hub_private_repo", "image_column",
+    "logging_dir", "logging_steps", "max_unreadable_share", "output_dir", "push_to_hub", "report_to", "resolution",
+    "resume_from_checkpoint", "train_data_dir", "validation_steps",
 )  # fmt: skip
 
 
