@@ -52,12 +52,14 @@ REQUIRED = {"task": {"type"}, "dataset": {"type", "name"}, "metrics": {"type", "
 
 @pytest.fixture
 def checkpoint(tmp_path: Path) -> Path:
-    """What train.py leaves of a run on CIFAR-10."""
+    """What train.py leaves of a run on CIFAR-10, whose game is of both players and of the latents alone."""
     from ctrl_csc_hf.training.settings import parse_settings
 
     folder = tmp_path / "checkpoint"
     (folder / "examples").mkdir(parents=True)
-    settings, _ = parse_settings(["--config", "cifar10_512"])
+    game = {"encoder_learning_rate": 1e-4, "code_reduction": 0, "code_consistency": 0, "pixel_error": 0}
+    flags = [text for name, value in game.items() for text in (f"--{name}", str(value))]
+    settings, _ = parse_settings(["--config", "cifar10_512", *flags])
     (folder / "training_args.json").write_text(json.dumps(asdict(settings)), encoding="utf-8")
     write_figures(folder, FIGURES)
     for name in ("reconstructions.png", "examples/0.png", "examples/1.png"):

@@ -282,6 +282,8 @@ def public_settings(checkpoint: Path | None) -> dict[str, Any]:
         return name.startswith("hub_") or not (isinstance(value, str) and re.search(r"[/\\]", value))
 
     public = {name: value for name, value in settings.items() if is_public(name, value)}
+    if settings.get("pretrained_model_name_or_path"):  # that there was one is told, not where it lay
+        public["pretrained_model_name_or_path"] = "a model trained before"
     if "changed_on_resume" in settings:
         with _understood(checkpoint, SETTINGS):
             public["changed_on_resume"] = [
