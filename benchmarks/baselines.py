@@ -72,9 +72,14 @@ AutoModel.register(ConvolutionalConfig, ConvolutionalModel, exist_ok=True)
 
 
 def launch() -> None:
-    """train.py, of ordinary convolutions in the sizes of the preset."""
+    """train.py, of ordinary convolutions in the sizes of the preset, without its low pass."""
     with one_line_errors():
         settings, config = parse_settings()
+        if settings.energy or settings.energy_warmup_steps:
+            raise ValueError(
+                "energy and energy_warmup_steps must be 0, as ordinary convolutions have no energy, got "
+                f"{settings.energy!r} and {settings.energy_warmup_steps!r}"
+            )
         sizes = ("image_size", "latent_dim", "stage_channels", "kernel_sizes", "strides", "paddings")
         options = {name: getattr(config, name) for name in (*sizes, "share_dictionaries")}
         train(settings, ConvolutionalConfig(**options))

@@ -77,6 +77,12 @@ def test_train_trains_it(
     assert type(AutoModel.from_pretrained(tmp_path / "run")) is ConvolutionalModel
 
 
+def test_convolutions_have_no_energy(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["baselines.py", "--config", "cifar10", "--output_dir", "never"])
+    with pytest.raises(SystemExit, match=r"energy and energy_warmup_steps must be 0, .*, got 0\.0 and 400"):
+        baselines.launch()
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [

@@ -189,7 +189,7 @@ def test_the_nearest_training_images_of_training_images_are_themselves(
     fitted = to_pixel_values(images.training)
     with torch.inference_mode():
         z = ours.encode(fitted)
-        neighbours, cosines = evaluate.nearest_images(ours, z, images.training, torch.device("cpu"))
+        neighbours, cosines = evaluate.nearest_training_images(ours, z, images.training, torch.device("cpu"))
     torch.testing.assert_close(neighbours[:, 0], fitted)
     expected = (z @ z.T).sort(descending=True).values[:, : evaluate.NEIGHBOURS]
     torch.testing.assert_close(cosines, expected, atol=1e-5, rtol=0)
@@ -459,6 +459,20 @@ def test_a_rival_without_a_name_of_its_own_is_refused(
 def test_two_rivals_of_one_name_are_refused(settings: Callable[..., Any]) -> None:
     with pytest.raises(ValueError, match=r"must have different names, got \['a', 'a'\]"):
         settings(model="any", rivals=["a=first"], diffusers_autoencoders=["a=second"])
+
+
+@pytest.mark.parametrize("change", [{"num_validation_images": None}, {"images": [1]}])
+def test_a_damaged_record_of_the_training_is_named(
+    change: dict[str, Any], evaluate: ModuleType, settings: Callable[..., Any], train: Callable[..., Path]
+) -> None:
+    model = train("--max_train_steps", "1")
+    record = json.loads((model / "training_args.json").read_text(encoding="utf-8")) | change
+    record = {name: value for name, value in record.items() if name not in change or value is not None}
+    (model / "training_args.json").write_text(json.dumps(record), encoding="utf-8")
+    with pytest.raises(
+        ValueError, match=r"training_args\.json cannot be read, .*: remove it, and the model is measured"
+    ):
+        evaluate.main(settings(model=str(model)))
 
 
 def test_what_the_model_was_trained_on_is_not_unseen(

@@ -118,10 +118,10 @@ def training_settings(model: str) -> dict[str, Any]:
         return {}
     with records.readable(path, "remove it, and the model is measured without what is known of its training"):
         settings = records.read_object(path)
-        if missing := set(DIVIDING) - settings.keys() if settings.get("images", {}) else None:
-            raise KeyError(*sorted(missing))
-        if not isinstance(settings.get("images", {}), dict):
-            raise TypeError(f"images must be an object, but is {settings['images']!r}")
+        if not isinstance(images := settings.get("images", {}), dict):
+            raise TypeError(f"images must be an object, but is {images!r}")
+        if images and (missing := set(DIVIDING) - settings.keys()):
+            raise LookupError(f"it lacks {sorted(missing)}")
         return settings
 
 

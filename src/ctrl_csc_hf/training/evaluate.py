@@ -591,7 +591,7 @@ def draw_pictures(
 
     x = shown[:SHOWN]
     z = ours.encode(x)
-    neighbours, cosines = nearest_images(ours, z, images.training, device)
+    neighbours, cosines = nearest_training_images(ours, z, images.training, device)
     table = torch.cat([x[:, None], ours.decode(z)[:, None], neighbours], dim=1)
     names = ["image", "reconstruction", *(f"nearest {index + 1}" for index in range(cosines.shape[1]))]
     captions = [["", "", *(f"cos {cosine:.2f}" for cosine in row)] for row in cosines.tolist()]
@@ -609,19 +609,16 @@ def draw_pictures(
     figure.savefig(output_dir / "correlations.png", dpi=120)
 
 
-def nearest_images(ours: Autoencoder, z: Tensor, training: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
-    """For latents (n, d), the training images with the nearest latents (n, k, 3, s, s), and their cosines (n, k).
+def nearest_training_images(
+    ours: Autoencoder, z: Tensor, training: Tensor, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """For latents (n, d), the training images (m, 3, s, s), uint8, with the nearest latents, and their cosines (n, k).
 
-    k is `NEIGHBOURS`, or the number of training images if there are fewer.
+    The images are (n, k, 3, s, s), pixels in [-1, 1]; k is `NEIGHBOURS`, or m if that is smaller.
     """
-    cosines = z.new_full((len(z), 0), 0)
-    nearest = z.new_zeros(len(z), 0, *training.shape[1:])
-    for x in (to_pixel_values(batch, device) for batch in training.split(BATCH_SIZE)):
-        cosines = torch.cat([cosines, z @ ours.encode(x).T], dim=1)
-        nearest = torch.cat([nearest, x.expand(len(z), *x.shape)], dim=1)
-        cosines, best = cosines.topk(min(NEIGHBOURS, cosines.shape[1]), dim=1)
-        nearest = nearest[torch.arange(len(z), device=device)[:, None], best]
-    return nearest, cosines
+    latents = torch.cat([ours.encode(to_pixel_values(batch, device)) for batch in training.split(BATCH_SIZE)])
+    cosines, nearest = (z @ latents.T).topk(min(NEIGHBOURS, len(latents)), dim=1)
+    return to_pixel_values(training[nearest.flatten().cpu()], device).unflatten(0, nearest.shape), cosines
 
 
 def print_table(results: dict[str, dict[str, Any]]) -> None:
