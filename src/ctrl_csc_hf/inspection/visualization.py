@@ -100,7 +100,8 @@ def architecture_figure(config: CtrlCscConfig) -> Image.Image:
                 write((left + right) / 2, middle - 6, "\n".join(forward if encodes else backward), color, "md")
                 kernel, stride = config.kernel_sizes[index], config.strides[index]
                 write((left + right) / 2, middle + 8, f"{kernel}x{kernel}, /{stride}")
-    write(picture.width / 2, picture.height - 34, f"f and g {sharing}. The game compares z with zh = f(xh).")
+    note = f"f and g {sharing}. The game compares what f makes of x and of xh."
+    write(picture.width / 2, picture.height - 34, note)
     return picture
 
 
