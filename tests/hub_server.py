@@ -17,6 +17,8 @@ from urllib.parse import unquote, urlsplit
 import yaml
 
 LFS_SUFFIXES = (".safetensors", ".bin", ".png", ".jpg", ".webp")
+# Some of those that the Hub lists
+LICENCES = ("apache-2.0", "cc-by-4.0", "cc-by-nc-4.0", "gpl-3.0", "mit", "openrail", "other", "unknown")
 FRONT_MATTER = re.compile(r"\A---\n(.*?)\n---\n", re.DOTALL)
 
 
@@ -162,6 +164,8 @@ class _Handler(BaseHTTPRequestHandler):
         try:
             metadata = yaml.safe_load(matter[1]) if matter else {}
             problem = None if isinstance(metadata, dict) else "the metadata must be a mapping"
+            if not problem and metadata.get("license", "other") not in LICENCES:
+                problem = f'"license" must be one of {list(LICENCES)}'
         except yaml.YAMLError as error:
             problem = str(error)
         warnings = [] if matter else [{"message": "empty or missing yaml metadata"}]

@@ -392,7 +392,7 @@ def test_a_damaged_record_is_named_with_what_to_do(evaluate: ModuleType, content
         evaluate.earlier_metrics(tmp_path / "metrics.json", "digest")
     if "figures" not in content:
         with pytest.raises(ValueError, match=r"training_args\.json cannot be read, .*: remove it, and the model is"):
-            evaluate.training_settings(str(tmp_path))
+            evaluate.training_runs(str(tmp_path))
 
 
 @pytest.mark.parametrize(

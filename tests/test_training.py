@@ -712,7 +712,9 @@ def test_a_run_that_starts_from_a_model_holds_out_the_same_images_of_the_same_da
     for path in others.glob("train/class0/*.png"):
         Image.new("RGB", (20, 16), "red").save(path)
     train(*flags, output="second")
-    train(*flags, "--seed", "1", output="third", data=others)
+    third = train(*flags, "--seed", "1", output="third", data=others)
+    with pytest.raises(ValueError, match=r"held-out images must be those of .*third, .*\) --seed 0$"):
+        train("--pretrained_model_name_or_path", str(third), "--seed", "1", *short, output="fourth")
 
 
 @pytest.mark.parametrize("name", preset_names())

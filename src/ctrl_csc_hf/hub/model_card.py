@@ -89,6 +89,7 @@ OF_THE_GAME = (
 )  # fmt: skip
 FIGURE = "architecture.png"
 METRICS, SETTINGS = "metrics.json", "training_args.json"
+EARLIER_RUNS = "earlier_runs"  # of SETTINGS: the same of the runs before, of a model that goes on from another
 # What to do about one of these that cannot be read.
 REMEDY = "remove it, and the model is published without what it records"
 OTHER_BIASES = "Images unlike the training data come out worse, and its biases are the model's."
@@ -271,7 +272,11 @@ def public_settings(checkpoint: Path | None) -> dict[str, Any]:
     Raises:
         ValueError: if it cannot be read.
     """
-    settings = _read(checkpoint, SETTINGS)
+    with _understood(checkpoint, SETTINGS):
+        return _public(_read(checkpoint, SETTINGS))
+
+
+def _public(settings: dict[str, Any]) -> dict[str, Any]:
     dataset = settings.get("hub_dataset_id")
 
     def is_public(name: str, value: Any) -> bool:
@@ -285,10 +290,11 @@ def public_settings(checkpoint: Path | None) -> dict[str, Any]:
     if settings.get("pretrained_model_name_or_path"):  # that there was one is told, not where it lay
         public["pretrained_model_name_or_path"] = "a model trained before"
     if "changed_on_resume" in settings:
-        with _understood(checkpoint, SETTINGS):
-            public["changed_on_resume"] = [
-                change for change in settings["changed_on_resume"] if change["setting"] in public
-            ]
+        public["changed_on_resume"] = [
+            change for change in settings["changed_on_resume"] if change["setting"] in public
+        ]
+    if EARLIER_RUNS in settings:
+        public[EARLIER_RUNS] = [_public(run) for run in settings[EARLIER_RUNS]]
     return public
 
 

@@ -5,7 +5,7 @@ import shutil
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from huggingface_hub import HfApi
+from huggingface_hub import HfApi, ModelCard
 from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -150,7 +150,8 @@ def publication_terms(dataset_id: str | None, license: str | None, private: bool
         The licence, and whether the repository is private.
 
     Raises:
-        ValueError: if local data leave one of them open, or if the data set has no licence that could be taken.
+        ValueError: if local data leave one of them open, if the data set has no licence that could be taken, and for a
+            licence that the Hub does not list.
     """
     flags = {
         "license (--license or --hub_license)": license,
@@ -169,6 +170,13 @@ def publication_terms(dataset_id: str | None, license: str | None, private: bool
                 raise ValueError(f"{missing[0]} must be given, as the data set {dataset_id} has the licence {found!r}")
             license = found
     assert license is not None and private is not None
+    try:
+        ModelCard(f"---\nlicense: {json.dumps(license)}\n---\n").validate()
+    except ValueError as error:
+        raise ValueError(
+            "license (--license or --hub_license) must be one of https://huggingface.co/docs/hub/repositories-licenses, got "
+            f"{license!r}"
+        ) from error
     return license, private
 
 

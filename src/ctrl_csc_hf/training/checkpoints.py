@@ -15,10 +15,10 @@ from huggingface_hub import hf_hub_download
 from torch import Tensor
 
 from ctrl_csc_hf.hub import records
+from ctrl_csc_hf.hub.model_card import EARLIER_RUNS, SETTINGS
 
 TENSORS = "training_state.safetensors"  # of a checkpoint, beside the model
 NUMBERS = "training_state.json"
-SETTINGS = "training_args.json"
 # Settings that decide which images a run holds out
 DIVIDING = ("train_split", "streaming", "label_column", "validation_split", "num_validation_images", "seed")
 
@@ -108,21 +108,23 @@ def readable(path: Path) -> AbstractContextManager[None]:
     return records.readable(path, f"to resume from the checkpoint before, remove the folder {path.parent}")
 
 
-def training_settings(model: str) -> dict[str, Any]:
-    """What train.py wrote about the model's training; empty where nothing is known."""
+def training_runs(model: str) -> list[dict[str, Any]]:
+    """What train.py wrote about the runs that made a model, the last one first; none where nothing is known."""
     path = Path(model, SETTINGS)
     if not Path(model).exists():
         with suppress(OSError, ValueError):  # there is none
             path = Path(hf_hub_download(model, SETTINGS))
     if not path.exists():
-        return {}
+        return []
     with records.readable(path, "remove it, and the model is measured without what is known of its training"):
-        settings = records.read_object(path)
-        if not isinstance(images := settings.get("images", {}), dict):
-            raise TypeError(f"images must be an object, but is {images!r}")
-        if images and (missing := set(DIVIDING) - settings.keys()):
-            raise LookupError(f"it lacks {sorted(missing)}")
-        return settings
+        last = records.read_object(path)
+        runs = [last, *last.pop(EARLIER_RUNS, [])]
+        for settings in runs:
+            if not isinstance(images := settings.get("images", {}), dict):
+                raise TypeError(f"images must be an object, but is {images!r}")
+            if images and (missing := set(DIVIDING) - settings.keys()):
+                raise LookupError(f"it lacks {sorted(missing)}")
+        return runs
 
 
 def random_state() -> dict[str, Tensor]:

@@ -57,12 +57,14 @@ class TrainingImages:
     held_out: (n, C, H, W), of the data set's `split`.
     calibration: training images (n, C, H, W), for the statistics of batch norms.
     identity: what identifies the training images.
+    earlier_runs: of a model that goes on from another, what is known of that one's runs.
     """
 
     held_out: Tensor
     split: str
     calibration: Tensor
     identity: dict[str, Any]
+    earlier_runs: list[dict[str, Any]]
 
 
 @dataclass(frozen=True)

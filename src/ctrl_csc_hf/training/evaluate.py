@@ -54,7 +54,7 @@ from ctrl_csc_hf.metrics import (
 )
 
 from .autoencoders import MEAN_IMAGE, Autoencoder, autoencoder, diffusers_autoencoder, linear_rivals, load_model
-from .checkpoints import training_settings
+from .checkpoints import training_runs
 from .data import (
     HELD_OUT_SPLITS,
     ImageSource,
@@ -284,9 +284,9 @@ def check_unseen(settings: EvaluationSettings) -> None:
     """Refuses as unseen what the model was trained or is measured on, by its id or its place."""
     if not settings.unseen_dataset_name:
         return
-    trained_with = training_settings(settings.model)
-    ids = {settings.hub_dataset_id, trained_with.get("hub_dataset_id")} - {None}
-    named = (name for source in (asdict(settings), trained_with) for name in map(source.get, PLACES) if name)
+    sources = [asdict(settings), *training_runs(settings.model)]
+    ids = {source.get("hub_dataset_id") for source in sources} - {None}
+    named = (name for source in sources for name in map(source.get, PLACES) if name)
     places = {Path(name).resolve() for name in named}
     if settings.unseen_hub_dataset_id in ids or Path(settings.unseen_dataset_name).resolve() in places:
         raise ValueError(
@@ -346,11 +346,10 @@ def are_same_images(source: ImageSource, trained_with: dict[str, Any], split: st
 
 def load_data(settings: EvaluationSettings, image_size: int) -> Images:
     """Images to measure on, and all others of the training split."""
-    trained_with = training_settings(settings.model)
-    of_training_data = is_training_data(settings, trained_with)
-    has_other_id = settings.hub_dataset_id not in (None, trained_with.get("hub_dataset_id"))
-    if not of_training_data:
-        trained_with = {}
+    runs = training_runs(settings.model)
+    has_other_id = settings.hub_dataset_id not in (None, *(run.get("hub_dataset_id") for run in runs))
+    trained_with = next((run for run in runs if is_training_data(settings, run)), {})
+    of_training_data = bool(trained_with)
     train_split = trained_with.get("train_split", settings.train_split or "train")
     if settings.train_split not in (None, train_split):
         raise ValueError(

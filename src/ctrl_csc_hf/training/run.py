@@ -23,6 +23,7 @@ from torch.optim import Optimizer
 from tqdm.auto import tqdm
 
 from ctrl_csc_hf import CtrlCscImageProcessor, CtrlCscModel
+from ctrl_csc_hf.hub.model_card import EARLIER_RUNS, SETTINGS
 from ctrl_csc_hf.hub.records import read_object
 from ctrl_csc_hf.inspection.visualization import reconstruction_grid, training_curves
 from ctrl_csc_hf.metrics import peak_signal_to_noise_ratio
@@ -31,7 +32,6 @@ from ctrl_csc_hf.objectives.distributed import sum_over_processes
 
 from .checkpoints import (
     NUMBERS,
-    SETTINGS,
     TENSORS,
     random_state,
     readable,
@@ -255,7 +255,12 @@ class Run:
             "tensors": len(tensors),
         }
         write_json(folder / NUMBERS, numbers)
-        write_json(folder / SETTINGS, asdict(self.settings) | {"images": self.images.identity})
+        write_json(folder / SETTINGS, asdict(self.settings) | self._record_of_images())
+
+    def _record_of_images(self) -> dict[str, Any]:
+        """What training_args.json tells of the images beside the settings."""
+        earlier = self.images.earlier_runs
+        return {"images": self.images.identity} | ({EARLIER_RUNS: earlier} if earlier else {})
 
     def load_checkpoint(self, folder: Path) -> None:
         """What `save_checkpoint` wrote, but the model, which was built from the folder already.
@@ -374,7 +379,7 @@ class Run:
             "unreadable_images": self.unreadable,
             "figures": figure_records(figures, **measured, measured_by="training/train.py"),
         }
-        record = {"changed_on_resume": self.history.changes, "images": images.identity}
+        record = {"changed_on_resume": self.history.changes} | self._record_of_images()
         samples = {self._sample_path(int(record["step"])) for record in records}
         with replacing_model(self.output_dir, model, keep=samples) as folder:
             model.save_pretrained(folder)

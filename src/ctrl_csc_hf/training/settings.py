@@ -14,9 +14,10 @@ from ctrl_csc_hf.training.presets import load_preset
 
 # A loss scaler would have to serve two players with one backward pass; bf16 needs none.
 PRECISIONS = ("no", "bf16")
-# Of transformers' schedules those that need neither a metric nor arguments of their own.
+# Of transformers' schedules those that need neither a metric nor arguments of their own, and take any rate; its
+# polynomial of degree one is the linear one.
 SCHEDULERS = (
-    "linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup", "inverse_sqrt",
+    "linear", "cosine", "cosine_with_restarts", "constant", "constant_with_warmup", "inverse_sqrt",
 )  # fmt: skip
 # What a preset says of its data set: another data set has columns and splits of its own.
 OF_THE_DATA_SET = (

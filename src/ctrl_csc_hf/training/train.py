@@ -24,7 +24,7 @@ from ctrl_csc_hf.hub.records import read_object
 from ctrl_csc_hf.latents.encoding import find_columns
 from ctrl_csc_hf.objectives.rate_reduction import SMALL_CLASS
 
-from .checkpoints import checkpoint_to_resume, readable, training_settings
+from .checkpoints import checkpoint_to_resume, readable, training_runs
 from .data import HELD_OUT_SPLITS, ImageSource, TrainingImages, identify, identify_as_trained, load_splits, take_images
 from .ema import CALIBRATION_IMAGES
 from .phases import Phases
@@ -205,8 +205,10 @@ def load_data(
         config.id2label = dict(enumerate(names))
         config.label2id = {name: index for index, name in enumerate(names)}
     identity = identify(images, held_out_images, image_column, label_column)
-    if settings.pretrained_model_name_or_path:
-        check_held_out_images(settings.pretrained_model_name_or_path, settings, source, split, identity)
+    start = settings.pretrained_model_name_or_path
+    earlier_runs = training_runs(start) if start else []
+    for run in earlier_runs:
+        check_held_out_images(run, settings, source, split, identity)
     if settings.objective != "multi":
         label_column = None
     take = partial(take_images, image_column=image_column, image_size=config.image_size, seed=settings.seed)
@@ -224,7 +226,10 @@ def load_data(
     )
     if settings.objective == "multi":
         if stream.num_classes is None:
-            raise ValueError(f"label_column must be of the type ClassLabel for objective='multi', got {label_column!r}")
+            raise ValueError(
+                f"label_column must name a column of the type ClassLabel for objective='multi', got {label_column!r}"
+                + ("" if label_column else ", as the data set has none or several")
+            )
         if settings.train_batch_size < SMALL_CLASS * stream.num_classes:
             logger.warning(
                 "A batch of %d images has fewer than %d a class: the sum over %d classes swamps the rest of the "
@@ -233,16 +238,20 @@ def load_data(
                 SMALL_CLASS,
                 stream.num_classes,
             )
-    return stream, TrainingImages(held_out, split, calibration, identity)
+    return stream, TrainingImages(held_out, split, calibration, identity, earlier_runs)
 
 
 def check_held_out_images(
-    name: str, settings: TrainingSettings, source: ImageSource, split: str, identity: dict[str, Any]
+    trained_with: dict[str, Any],
+    settings: TrainingSettings,
+    source: ImageSource,
+    split: str,
+    identity: dict[str, Any],
 ) -> None:
     """Refuses to go on from a model on the same images with other held-out ones: each run would train on the other's.
 
     Args:
-        name: of the model.
+        trained_with: what train.py wrote about a run of the model.
         source: of the training images.
         split: of the held-out images.
         identity: `identify` of both.
@@ -250,7 +259,6 @@ def check_held_out_images(
     Raises:
         ValueError: with the settings that hold out the same images.
     """
-    trained_with = training_settings(name)
     known = trained_with.get("images", {})  # which older code has not recorded
     if all(identity.get(kind) == value for kind, value in known.items() if "held-out" in kind):
         return
@@ -266,9 +274,9 @@ def check_held_out_images(
         dividing = (*earlier, "validation_split", "num_validation_images", "seed")
         changed = {key: trained_with[key] for key in dividing if trained_with[key] != getattr(settings, key)}
         raise ValueError(
-            f"the held-out images must be those of {name}, which was trained on this data set: its held-out images "
-            "would be trained on, or images that it was trained on held out; give (None: leave out) "
-            + ", ".join(f"--{key} {value}" for key, value in changed.items())
+            f"the held-out images must be those of {settings.pretrained_model_name_or_path}, which was trained on this "
+            "data set: its held-out images would be trained on, or images that it was trained on held out; give (None: "
+            "leave out) " + ", ".join(f"--{key} {value}" for key, value in changed.items())
         )
 
 
