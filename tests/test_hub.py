@@ -431,7 +431,7 @@ TERMS = [
     ((None, None, None), f"{FLAGS[0]} and {FLAGS[1]} must be given to publish a model of local data"),
     ((None, "mit", None), f"{FLAGS[1]} must be given to publish a model of local data"),
     ((None, None, True), f"{FLAGS[0]} must be given to publish a model of local data"),
-    ((None, "cc-by-nd-9.0", True), rf"{FLAGS[0]} must be one of .*repositories-licenses, got 'cc-by-nd-9\.0'"),
+    ((None, "cc-by-nd-9.0", True), rf"{FLAGS[0]} must be one that the Hub lists, got 'cc-by-nd-9\.0': see .*"),
 ]  # fmt: skip
 
 

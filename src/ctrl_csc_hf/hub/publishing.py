@@ -174,8 +174,8 @@ def publication_terms(dataset_id: str | None, license: str | None, private: bool
         ModelCard(f"---\nlicense: {json.dumps(license)}\n---\n").validate()
     except ValueError as error:
         raise ValueError(
-            "license (--license or --hub_license) must be one of https://huggingface.co/docs/hub/repositories-licenses, got "
-            f"{license!r}"
+            f"license (--license or --hub_license) must be one that the Hub lists, got {license!r}: see "
+            "https://huggingface.co/docs/hub/repositories-licenses"
         ) from error
     return license, private
 
