@@ -1,5 +1,9 @@
-"""Ordinary convolutions in place of sparse coding: `python benchmarks/baselines.py` takes what train.py takes."""
+"""Ordinary convolutions in place of sparse coding: `python benchmarks/baselines.py` takes what train.py takes.
 
+`python benchmarks/baselines.py evaluate` takes what evaluate.py takes, and such models among its rivals.
+"""
+
+import sys
 from typing import Any
 
 import torch.nn.functional as F
@@ -9,6 +13,7 @@ from transformers import AutoConfig, AutoModel
 from ctrl_csc_hf import CtrlCscConfig, CtrlCscEncoder, CtrlCscModel
 from ctrl_csc_hf.models.batch_norm import BatchNorm
 from ctrl_csc_hf.models.sparse_coding import ConvolutionalDictionary
+from ctrl_csc_hf.training import evaluate
 from ctrl_csc_hf.training.run import one_line_errors
 from ctrl_csc_hf.training.settings import parse_settings
 from ctrl_csc_hf.training.train import main as train
@@ -72,7 +77,10 @@ AutoModel.register(ConvolutionalConfig, ConvolutionalModel, exist_ok=True)
 
 
 def launch() -> None:
-    """train.py, of ordinary convolutions in the sizes of the preset, without its low pass."""
+    """train.py, of ordinary convolutions in the sizes of the preset, without its low pass, or evaluate.py."""
+    if sys.argv[1:2] == ["evaluate"]:
+        evaluate.launch(sys.argv[2:])
+        return
     with one_line_errors():
         settings, config = parse_settings()
         if settings.energy or settings.energy_warmup_steps:

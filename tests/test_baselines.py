@@ -66,7 +66,7 @@ def test_it_is_saved_and_loaded_by_automodel(tmp_path: Path) -> None:
     assert torch.equal(loaded(images()).reconstruction, model(images()).reconstruction)
 
 
-def test_train_trains_it(
+def test_train_trains_it_and_evaluate_measures_it(
     tiny_preset: Path, image_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     flags = ["--config", str(tiny_preset), "--train_data_dir", str(image_folder), "--max_train_steps", "1"]
@@ -75,6 +75,10 @@ def test_train_trains_it(
     )
     baselines.launch()
     assert type(AutoModel.from_pretrained(tmp_path / "run")) is ConvolutionalModel
+    flags = ["--model", str(tmp_path / "run"), "--train_data_dir", str(image_folder)]
+    monkeypatch.setattr(sys, "argv", ["baselines.py", "evaluate", *flags, "--output_dir", str(tmp_path / "figures")])
+    baselines.launch()
+    assert (tmp_path / "figures" / "metrics.json").is_file()
 
 
 def test_convolutions_have_no_energy(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,7 +1,7 @@
 """Measures a model on held-out images, beside its rivals, on the same images in the same run:
 
     accelerate launch training/evaluate.py --model PATH --dataset_name uoft-cs/cifar10 \
-        --feature_model CLASSIFIER OTHER_CLASSIFIER --rivals "ordinary convolutions=PATH" "squared error=PATH"
+        --feature_model CLASSIFIER OTHER_CLASSIFIER --rivals "without the game=PATH" "squared error=PATH"
 
 PCA of the same d and the mean image, fitted on the training split, are always there. Prints a table; writes into
 OUTPUT_DIR metrics.json and pictures. The model card reads the model's figures where OUTPUT_DIR is the model's folder;
