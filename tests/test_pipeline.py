@@ -349,6 +349,13 @@ def test_tiles_cover_every_pixel_and_overlap_without_seams(shape: tuple[int, int
     assert max(float(steps.diff(dim=dim).abs().max()) for dim in (1, 2)) <= 1 / 4 + 1e-5
 
 
+def test_the_border_of_a_tile_is_nowhere_the_border_of_a_larger_image() -> None:
+    spoiled = torch.ones(16, 16)
+    spoiled[1:-1, 1:-1] = 0
+    image = torch.rand(3, 16, 50)
+    assert (in_tiles(lambda tiles: tiles + spoiled, image, 16) - image).max() < 0.5
+
+
 def test_with_tiling_images_keep_their_size_and_a_single_tile_is_the_reconstruction(pipe: CtrlCscPipeline) -> None:
     generator = np.random.default_rng(0)
     one, wide = (Image.fromarray(generator.integers(0, 256, (16, side, 3), dtype=np.uint8)) for side in (16, 50))
