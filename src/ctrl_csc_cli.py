@@ -108,7 +108,7 @@ def reconstruct(
     model: Model,
     output: Annotated[Path, typer.Option(help="PNG file of the picture.")] = Path("reconstructions.png"),
     tiles: Annotated[
-        bool, typer.Option("--tiles", help="Keep the size of the image, one, by overlapping tiles of the model's size.")
+        bool, typer.Option("--tiles", help="Keep the size of a single image, in overlapping tiles of the model's size.")
     ] = False,
 ) -> None:
     """Writes the images above their reconstructions, and prints the PSNR of each, at the model's size."""
@@ -144,8 +144,11 @@ def reconstruct(
     with _written(output, "--output"):
         output.parent.mkdir(parents=True, exist_ok=True)
         reconstruction_grid(originals, reconstructions, scale=scale).save(output)
+    height, width = originals.shape[2:]
     for path, psnr in zip(images, peak_signal_to_noise_ratio(originals, reconstructions).tolist(), strict=True):
-        typer.echo(f"{path}: PSNR {psnr:.2f} dB")
+        typer.echo(f"{path}: PSNR {psnr:.2f} dB at {width}x{height} pixels")
+    if not tiles:
+        typer.echo("Images are cut to their centre square in the model's size; --tiles keeps the size of one")
     typer.echo(f"Originals above reconstructions: {output}")
 
 
@@ -463,14 +466,13 @@ def _open_dataset(
     """The columns of a split's images and labels, undecoded, and their names."""
     import datasets
 
-    from ctrl_csc_hf.latents.encoding import find_data, undecoded
+    from ctrl_csc_hf.latents.encoding import find_data, split_names, undecoded
 
     try:
-        source = find_data(name)
-        splits = datasets.get_dataset_split_names(**source)
+        splits = split_names(name)
         if split not in splits:
             raise typer.BadParameter(f"must be one of {splits}, got {split!r}", param_hint="--split")
-        dataset = datasets.load_dataset(**source, split=split, streaming=True)
+        dataset = datasets.load_dataset(**find_data(name), split=split, streaming=True)
         dataset = dataset if dataset.features else dataset._resolve_features()
     except (OSError, ValueError, _http_error(), datasets.exceptions.DatasetGenerationError) as error:
         raise typer.BadParameter(

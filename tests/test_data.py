@@ -2,6 +2,7 @@
 
 import os
 import random
+import re
 from collections import Counter
 from io import BytesIO
 from pathlib import Path
@@ -16,7 +17,7 @@ from PIL import Image, ImageOps
 
 from ctrl_csc_hf import CtrlCscConfig, CtrlCscImageProcessor, CtrlCscModel
 from ctrl_csc_hf.latents import encoding
-from ctrl_csc_hf.latents.encoding import ImageDataset, encode_dataset, find_columns, find_data
+from ctrl_csc_hf.latents.encoding import ImageDataset, encode_dataset, find_columns, find_data, split_names
 from ctrl_csc_hf.training.data import (
     ImageSource,
     decode,
@@ -224,6 +225,24 @@ def test_what_would_be_read_beside_image_files_in_their_place_or_not_at_all_is_t
     (tmp_path / other).write_bytes(b"")
     with pytest.raises(ValueError, match=rf"got 2 image files, such as .*, and 1 others, such as {other}, .*: convert"):
         find_data(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "reason"),
+    [
+        ("metadata.csv", b"image,label\n0.png,1\n", "`file_name`"),
+        ("metadata.csv", b"file_name,text\n0.png,\xe9\n", "codec can't decode"),
+        ("metadata.jsonl", b"{", "JSON parse error"),
+        ("train-0.parquet", b"PAR1", "[Pp]arquet"),
+        ("DATA.py", b"", "Dataset scripts are no longer supported"),
+    ],
+)
+def test_a_data_set_that_cannot_be_read_tells_why(name, content, reason, tmp_path):
+    if not name.endswith(".parquet"):
+        random_image(0).save(tmp_path / "0.png")
+    (tmp_path / name.replace("DATA", tmp_path.name)).write_bytes(content)
+    with pytest.raises(ValueError, match=rf"the data set {re.escape(str(tmp_path))} cannot be read: .*{reason}"):
+        split_names(str(tmp_path))
 
 
 def test_without_a_label_column_there_are_no_labels(parquet_folder, tmp_path):

@@ -47,7 +47,8 @@ def folder(tmp_path: Path) -> Path:
     for name in ("demo/model", "cifar10"):
         CtrlCscModel(config).save_pretrained(tmp_path / name)
         CtrlCscImageProcessor(image_size=32).save_pretrained(tmp_path / name)
-    (tmp_path / "checkpoints").symlink_to(ROOT / "checkpoints")
+    for shared in ("checkpoints", "docs"):
+        (tmp_path / shared).symlink_to(ROOT / shared)
     (tmp_path / "demo" / "model" / "examples").mkdir()
     sampler = LatentSampler(torch.full((10,), 0.1), torch.eye(16)[:10], [torch.ones(1, 16)] * 10, torch.arange(10))
     sampler.save_pretrained(tmp_path / "demo" / "model" / "sampler")
@@ -80,7 +81,7 @@ def test_the_two_commands_are_the_first_thing_and_make_knows_them() -> None:
 def test_reconstruct_command_runs(folder: Path) -> None:
     for command in (command for command in COMMANDS if command.startswith("ctrl-csc reconstruct")):
         assert "dB" in run(shlex.split(command), folder).stdout
-    assert (folder / "reconstruction.png").exists() and (folder / "reconstructions.png").exists()
+    assert (folder / "reconstructions.png").exists()
 
 
 def test_inspect_command_writes_pictures_and_the_page(folder: Path) -> None:

@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import huggingface_hub
 import numpy as np
 import pytest
 import torch
@@ -20,6 +21,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModel
 
 from ctrl_csc_hf import CtrlCscConfig, CtrlCscDenoiser, CtrlCscDenoiserConfig, CtrlCscImageProcessor, CtrlCscModel
+from ctrl_csc_hf.training.checkpoints import training_runs
 from ctrl_csc_hf.training.ema import AverageOfWeights, evaluated_model
 from ctrl_csc_hf.training.presets import load_preset, preset_names
 from ctrl_csc_hf.training.settings import SCHEDULERS
@@ -712,9 +714,18 @@ def test_a_run_that_starts_from_a_model_holds_out_the_same_images_of_the_same_da
     for path in others.glob("train/class0/*.png"):
         Image.new("RGB", (20, 16), "red").save(path)
     train(*flags, output="second")
-    third = train(*flags, "--seed", "1", output="third", data=others)
+    third = train(*flags, "--seed", "1", "--checkpointing_steps", "1", output="third", data=others)
+    first.rename(tmp_path / "moved")  # what is known of it is in the checkpoint
+    more = ("--max_train_steps", "2", "--resume_from_checkpoint", "latest")
+    train(*flags, *more, "--seed", "1", output="third", data=others)
     with pytest.raises(ValueError, match=r"held-out images must be those of .*third, .*\) --seed 0$"):
         train("--pretrained_model_name_or_path", str(third), "--seed", "1", *short, output="fourth")
+
+
+def test_a_model_whose_training_is_not_known_for_want_of_the_hub_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(OSError, match=r"the Hub is not reached, .* org/name was trained on: give the folder that `hf"):
+        training_runs("org/name")
 
 
 @pytest.mark.parametrize("name", preset_names())

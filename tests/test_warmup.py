@@ -51,6 +51,16 @@ def learn(model: CtrlCscModel, images: torch.Tensor, steps: int, precision: str 
     recompute_statistics(model, images, len(images))
 
 
+def test_no_image_counts_more_than_others_in_recomputed_statistics() -> None:
+    torch.manual_seed(0)
+    model, images = CtrlCscModel(CtrlCscConfig(**CONFIG)).train(), smooth_images()[:9]
+    images[8] = -1
+    codes = model.encoder.stages[0].encode(images).detach()
+    recompute_statistics(model, images, 8)
+    expected = (codes[:5].mean(dim=(0, 2, 3)) + codes[5:].mean(dim=(0, 2, 3))) / 2
+    torch.testing.assert_close(model.encoder.norms[0].running_mean, expected)
+
+
 def test_recomputed_statistics_are_means_over_batches_and_compile_nothing() -> None:
     torch.manual_seed(0)
     model, images = CtrlCscModel(CtrlCscConfig(**CONFIG)).train(), smooth_images()

@@ -32,6 +32,7 @@ GAME = (
 FIGURES = {
     "psnr": ("PSNR, mean over images, dB", "psnr", "{:.2f}"),
     "mean_image_psnr": ("PSNR of the mean image, dB", "mean_image_psnr", "{:.2f}"),
+    "pca_psnr": ("PSNR of PCA with as many numbers, dB", "pca_psnr", "{:.2f}"),
     "match": ("nearest-latent match", "nearest_latent_match", "{:.1%}"),
     "rate": ("R(Z), nats", "coding_rate", "{:.2f}"),
     "reconstructed_rate": ("R(Zh), nats", "reconstructed_coding_rate", "{:.2f}"),
@@ -41,6 +42,9 @@ FIGURES = {
     "frechet_distance": ("Fréchet distance of reconstructions", "frechet_distance", "{:.2f}"),
     "kernel_distance": ("kernel distance of reconstructions", "kernel_distance", "{:.4f}"),
     "feature_cosine": ("cosine of features of an image and its reconstruction", "feature_cosine", "{:.3f}"),
+    "pca_frechet_distance": ("Fréchet distance of PCA", "pca_frechet_distance", "{:.2f}"),
+    "pca_kernel_distance": ("kernel distance of PCA", "pca_kernel_distance", "{:.4f}"),
+    "pca_feature_cosine": ("cosine of features, of PCA", "pca_feature_cosine", "{:.3f}"),
     "nonzero_1": ("active codes, stage 1", "active_codes_1", "{:.1%}"),
     "nonzero_2": ("active codes, stage 2", "active_codes_2", "{:.1%}"),
     "nonzero_3": ("active codes, stage 3", "active_codes_3", "{:.1%}"),

@@ -138,6 +138,19 @@ def find_data(name: str) -> dict[str, Any]:
     return {"path": name, "data_files": data_files, "drop_labels": not labelled}
 
 
+def split_names(name: str, config_name: str | None = None) -> list[str]:
+    """The names of a data set's splits, see `find_data`.
+
+    Raises:
+        OSError, ValueError: see `find_data`, and for a data set that cannot be read.
+    """
+    source = find_data(name)
+    try:
+        return datasets.get_dataset_split_names(**source, config_name=config_name)
+    except (ValueError, RuntimeError) as error:  # of files, and of data sets that are programs
+        raise ValueError(f"the data set {name} cannot be read: {error.__cause__ or error}") from error
+
+
 def check_output(output: str | Path, data: str | None) -> None:
     """Refuses an output in a local data set, where pictures of it would be read as images the next time, and a data set
     in a folder that the output has for pictures of its own, which replace what is there.

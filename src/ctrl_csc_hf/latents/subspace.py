@@ -37,7 +37,9 @@ class ClassMoments:
             raise ValueError(f"labels must be integers, got {labels.dtype}")
         labels = labels.long()
         if len(labels) and labels.min() < 0:
-            raise ValueError(f"labels must not be negative, got {int(labels.min())}")
+            raise ValueError(
+                f"labels must not be negative, got {int(labels.min())}: do without labels (--label_column none)"
+            )
         latents = latents.detach().double().cpu()
         for label in labels.unique().tolist():
             rows = latents[(labels == label).cpu()]

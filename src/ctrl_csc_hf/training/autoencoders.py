@@ -15,6 +15,7 @@ from ctrl_csc_hf.models.sparse_coding import ConvolutionalSparseCoding
 from .data import to_pixel_values
 
 MEAN_IMAGE = "mean image"
+PCA = "PCA, {} numbers"
 STEPS_TO_THE_MINIMUM = 400
 ROWS_AT_ONCE = 1000  # images
 OVERSAMPLING, POWER_ITERATIONS = 64, 6
@@ -139,7 +140,7 @@ def linear_rivals(images: Tensor, dims: Iterable[int], device: torch.device) -> 
             decode=lambda z: (z @ components.T + mean).clamp(-1, 1).unflatten(1, shape),
         )
 
-    rivals = {f"PCA, {dim} numbers": pca(dim) for dim in dims}
+    rivals = {PCA.format(dim): pca(dim) for dim in dims}
     return rivals | {
         MEAN_IMAGE: Autoencoder(
             encode=lambda x: x.new_zeros(len(x), 1), decode=lambda z: mean.expand(len(z), -1).unflatten(1, shape)

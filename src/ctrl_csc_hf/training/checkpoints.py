@@ -5,13 +5,14 @@ import os
 import re
 import shutil
 from collections.abc import Callable
-from contextlib import AbstractContextManager, suppress
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
 from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 from torch import Tensor
 
 from ctrl_csc_hf.hub import records
@@ -109,11 +110,23 @@ def readable(path: Path) -> AbstractContextManager[None]:
 
 
 def training_runs(model: str) -> list[dict[str, Any]]:
-    """What train.py wrote about the runs that made a model, the last one first; none where nothing is known."""
+    """What train.py wrote about the runs that made a model, the last one first; none where it wrote nothing.
+
+    Raises:
+        OSError: if the Hub, which the model is from, is not reached.
+        ValueError: for a file that cannot be read.
+    """
     path = Path(model, SETTINGS)
     if not Path(model).exists():
-        with suppress(OSError, ValueError):  # there is none
+        try:
             path = Path(hf_hub_download(model, SETTINGS))
+        except LocalEntryNotFoundError as error:
+            raise OSError(
+                f"the Hub is not reached, so it is unknown which images {model} was trained on: give the folder that "
+                f"`hf download {model}` prints, which needs the Hub once"
+            ) from error
+        except EntryNotFoundError:
+            return []
     if not path.exists():
         return []
     with records.readable(path, "remove it, and the model is measured without what is known of its training"):

@@ -30,6 +30,7 @@ from ctrl_csc_hf.latents.encoding import (
     open_image,
     reservoir,
     rows_of,
+    split_names,
     undecoded,
 )
 from ctrl_csc_hf.models.image_processing_ctrl_csc import CtrlCscImageProcessor
@@ -126,12 +127,8 @@ def load_images(source: ImageSource, *others: str | None) -> ImageDataset:
 
 def find_held_out_split(source: ImageSource, validation_split: str | None, preferred: Sequence[str]) -> str:
     """`validation_split`, or else the first of `preferred` that the source has, or else its own split."""
-    names = split_names(source)
+    names = split_names(source.place, source.dataset_config_name)
     return validation_split or next((name for name in preferred if name in names), source.split)
-
-
-def split_names(source: ImageSource) -> list[str]:
-    return datasets.get_dataset_split_names(**find_data(source.place), config_name=source.dataset_config_name)
 
 
 def load_splits(
@@ -168,7 +165,7 @@ def load_splits(
             label_column = class_column
         rest, held_out = hold_out(images, num_held_out, image_column=image_column, label_column=label_column, seed=seed)
         return rest, held_out, source.split
-    images, names = load_images(source), split_names(source)
+    images, names = load_images(source), split_names(source.place, source.dataset_config_name)
     if unknown := set(re.split(r"\[.*?\]|\+", validation_split)) - {"", *names}:
         raise ValueError(f"the split of the held-out images must be one of {names}, got {sorted(unknown)}")
     infos = images.info.splits or {}

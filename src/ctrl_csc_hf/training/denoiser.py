@@ -53,9 +53,9 @@ def pack(dataset: str, output: Path, train_images: int | None, test_images: int 
     Raises:
         ValueError: if there is no split train or test, or no image that can be read.
     """
-    from ctrl_csc_hf.latents.encoding import draw_images, image_bytes, load_image
+    from ctrl_csc_hf.latents.encoding import draw_images, image_bytes, load_image, split_names
 
-    from .data import ImageSource, as_rgb, load_images, split_names
+    from .data import ImageSource, as_rgb, load_images
 
     def read(encoded: Any) -> bytes:
         image = load_image(encoded)
@@ -65,7 +65,7 @@ def pack(dataset: str, output: Path, train_images: int | None, test_images: int 
         as_rgb(image).save(buffer, "WEBP", lossless=True, quality=80, method=4)
         return buffer.getvalue()
 
-    found = split_names(ImageSource(dataset_name=dataset))
+    found = split_names(dataset)
     if missing := {"train", "test"}.difference(found):
         raise ValueError(
             f"the data set must have the splits train and test, such as folders of these names, but {dataset} has "

@@ -72,6 +72,8 @@ def evaluated_model(
 def recompute_statistics(model: CtrlCscModel, images: Tensor, batch_size: int) -> None:
     """Sets the running statistics of every batch norm to the means over the batches of `images`.
 
+    Batches have the same size up to one image, at most `batch_size`, so that each may count alike.
+
     Each process does it by itself, with the same images.
     """
     was_training, sum_over_processes = model.training, model.encoder.norms[0].sum_over_processes
@@ -79,7 +81,7 @@ def recompute_statistics(model: CtrlCscModel, images: Tensor, batch_size: int) -
     model.train()
     norms = [module for module in model.modules() if isinstance(module, BatchNorm)]
     momenta = [norm.momentum for norm in norms]
-    for index, batch in enumerate(images.split(batch_size)):
+    for index, batch in enumerate(images.tensor_split(-(-len(images) // batch_size))):
         for norm in norms:
             norm.momentum = 1 / (index + 1)  # a plain mean over batches; the first one replaces what was there
         model(batch.to(model.device))

@@ -53,13 +53,11 @@ from ctrl_csc_hf.metrics import (
     peak_signal_to_noise_ratio,
 )
 
-from .autoencoders import MEAN_IMAGE, Autoencoder, autoencoder, diffusers_autoencoder, linear_rivals, load_model
+from .autoencoders import MEAN_IMAGE, PCA, Autoencoder, autoencoder, diffusers_autoencoder, linear_rivals, load_model
 from .checkpoints import training_runs
 from .data import (
-    HELD_OUT_SPLITS,
     ImageSource,
     decode,
-    find_held_out_split,
     identify_as_trained,
     load_images,
     load_splits,
@@ -256,7 +254,8 @@ def main(settings: EvaluationSettings) -> dict[str, dict[str, Any]]:
 
     output_dir.mkdir(parents=True, exist_ok=True)
     num_unseen = 0 if unseen is None else len(unseen)
-    write_metrics(output_dir / "metrics.json", settings, results, images, num_unseen, features, digest)
+    dim = models[MODEL].config.latent_dim
+    write_metrics(output_dir / "metrics.json", settings, results, images, num_unseen, features, digest, dim)
     draw_pictures(output_dir, autoencoders, images, device, with_grid=images.held_out or not beside_model)
     print_table(results)
     print(f"Figures and pictures are in {output_dir}")
@@ -322,23 +321,30 @@ def is_training_data(settings: EvaluationSettings, trained_with: dict[str, Any])
         return False
 
 
-def are_same_images(source: ImageSource, trained_with: dict[str, Any], split: str) -> bool:
-    """Whether training has seen none of the images of a split, or none of its part that train.py holds out.
+def were_held_out(source: ImageSource, trained_with: dict[str, Any], split: str) -> bool:
+    """Whether a run has seen none of the images of a split, or none of its part that train.py holds out.
 
     A copy of the data set may have another order, of which train.py would hold out other images, or other splits. So
     the run's own held-out images, or for another split its training images, must be the same by `identify`. Of a model
     that older code trained, these are not known; then only a split of its own is trusted.
 
     Args:
-        source: with the column of labels that the run had.
+        source: of the data set.
         trained_with: what train.py wrote about the run.
     """
-    known = trained_with.get("images")
+    train_split, known = trained_with.get("train_split", source.split), trained_with.get("images")
     if known is None:
-        return split != source.split
+        return split != train_split
+    source = replace(
+        source, split=train_split, streaming=trained_with["streaming"], label_column=trained_with["label_column"]
+    )
     try:
         found, held_out_split = identify_as_trained(source, trained_with)
-    except ValueError:  # it has no such split
+        if split != held_out_split:
+            if split == train_split:
+                return False
+            load_splits(source, split, 1, seed=0, preferred=())  # raises where they have images in common
+    except ValueError:  # there is no such split
         return False
     kind = "held-out" if split == held_out_split else "training"
     return all(found.get(name) == value for name, value in known.items() if kind in name)
@@ -348,8 +354,8 @@ def load_data(settings: EvaluationSettings, image_size: int) -> Images:
     """Images to measure on, and all others of the training split."""
     runs = training_runs(settings.model)
     has_other_id = settings.hub_dataset_id not in (None, *(run.get("hub_dataset_id") for run in runs))
-    trained_with = next((run for run in runs if is_training_data(settings, run)), {})
-    of_training_data = bool(trained_with)
+    runs = [run for run in runs if is_training_data(settings, run)]
+    trained_with = runs[0] if runs else {}
     train_split = trained_with.get("train_split", settings.train_split or "train")
     if settings.train_split not in (None, train_split):
         raise ValueError(
@@ -375,16 +381,12 @@ def load_data(settings: EvaluationSettings, image_size: int) -> Images:
         preferred=TEST_SPLITS,
         class_source=class_source,
     )
-    held_out = of_training_data
-    if split == source.split:
-        held_out &= find_held_out_split(source, trained_with.get("validation_split"), HELD_OUT_SPLITS) == split
-        if of_training_data and not held_out:
-            logger.warning("The model was trained on all images of the split %r, also on those measured here", split)
-    if held_out and not are_same_images(class_source, trained_with, split):
+    held_out = bool(runs)
+    if not all(were_held_out(source, run, split) for run in runs):
         held_out = False
         logger.warning(
-            "The images of the split %r may be training images, as this is another copy of the data set than the model "
-            "was trained on, or the model does not tell: give the same copy, or --split of images that it has not seen",
+            "The images of the split %r may be training images: the model was trained on all of them, or on another "
+            "copy of the data set, or does not tell. Give the same copy, or --split of images that it has not seen",
             split,
         )
     image_column, label_column = find_columns(training.features, source.image_column, settings.label_column)
@@ -413,7 +415,7 @@ def load_data(settings: EvaluationSettings, image_size: int) -> Images:
             probed = ProbeData(classes, *places)
         except ValueError as error:
             logger.warning("%s, so there is no probe", error)
-    recorded = held_out if of_training_data else has_other_id
+    recorded = held_out if runs else has_other_id
     return Images(to_pixel_values(pixels), split, training_pixels, probed, held_out, recorded)
 
 
@@ -523,10 +525,12 @@ def write_metrics(
     num_unseen: int,
     features: list[VisionFeatures],
     digest: str,
+    dim: int,
 ) -> None:
     """Replaces the figures of the same data sets and splits, which the card reads, and all figures of all rivals.
 
-    No figure of another model stays, by the digest of its weights.
+    The card has those of PCA with `dim` numbers beside the model's. No figure of another model stays, by the digest of
+    its weights.
     """
     ours = results[MODEL]
     measured = {
@@ -536,11 +540,13 @@ def write_metrics(
         "measured_by": "training/evaluate.py",
     }
     figures = {name: ours[name] for name in CARD_FIGURES if name in ours}  # not all of them are measured everywhere
-    figures["mean_image_psnr"] = results[MEAN_IMAGE]["psnr"]
+    pca = results[PCA.format(dim)]
+    figures |= {"mean_image_psnr": results[MEAN_IMAGE]["psnr"], "pca_psnr": pca["psnr"]}
     records = figure_records(figures, **measured)
     for model in features:
         count = min(settings.num_frechet_images, len(images.test))
         distances = {name: ours[in_features(name, model)] for name in DISTANCES}
+        distances |= {f"pca_{name}": pca[in_features(name, model)] for name in DISTANCES}
         records += figure_records(distances, **measured | {"num_images": count, "feature_model": model.name})
     if num_unseen and settings.unseen_hub_dataset_id:  # a card names no local data set, so it cannot tell two apart
         measured |= {"dataset": settings.unseen_hub_dataset_id, "split": settings.unseen_split}

@@ -19,6 +19,7 @@ from huggingface_hub import HfApi
 from transformers import AutoModel, PreTrainedConfig
 
 from ctrl_csc_hf import CtrlCscConfig, CtrlCscModel
+from ctrl_csc_hf.hub.model_card import EARLIER_RUNS, SETTINGS
 from ctrl_csc_hf.hub.publishing import publication_terms, publish
 from ctrl_csc_hf.hub.records import read_object
 from ctrl_csc_hf.latents.encoding import find_columns
@@ -50,7 +51,9 @@ def main(settings: TrainingSettings, config: CtrlCscConfig) -> Path:
     set_seed(settings.seed)  # the same weights on all processes
     model = make_model(settings, config, checkpoint)
     set_seed(settings.seed, device_specific=True)
-    stream, images = load_data(settings, model.config, accelerator.process_index, accelerator.num_processes)
+    earlier_runs = runs_before(settings, checkpoint)
+    ranks = accelerator.process_index, accelerator.num_processes
+    stream, images = load_data(settings, model.config, earlier_runs, *ranks)
     loader = ImageLoader(
         stream,
         batch_size=settings.train_batch_size,
@@ -175,8 +178,17 @@ def check_config(config: CtrlCscConfig, expected: CtrlCscConfig, settings: Train
             raise ValueError(f"{name} must be {value!r}, as the checkpoint has it, got {wanted!r}")
 
 
+def runs_before(settings: TrainingSettings, checkpoint: Path | None) -> list[dict[str, Any]]:
+    """What is known of the runs that made the model which this run began with, the last one first."""
+    if checkpoint:
+        with readable(checkpoint / SETTINGS):
+            return read_object(checkpoint / SETTINGS).get(EARLIER_RUNS, [])
+    start = settings.pretrained_model_name_or_path
+    return training_runs(start) if start else []
+
+
 def load_data(
-    settings: TrainingSettings, config: CtrlCscConfig, rank: int, world_size: int
+    settings: TrainingSettings, config: CtrlCscConfig, earlier_runs: list[dict[str, Any]], rank: int, world_size: int
 ) -> tuple[ImageStream, TrainingImages]:
     """The stream of training images, and those that the run keeps.
 
@@ -205,8 +217,6 @@ def load_data(
         config.id2label = dict(enumerate(names))
         config.label2id = {name: index for index, name in enumerate(names)}
     identity = identify(images, held_out_images, image_column, label_column)
-    start = settings.pretrained_model_name_or_path
-    earlier_runs = training_runs(start) if start else []
     for run in earlier_runs:
         check_held_out_images(run, settings, source, split, identity)
     if settings.objective != "multi":
