@@ -17,14 +17,13 @@ bench: .venv/.installed
 checkpoints: .venv/.installed
 	$(BIN)/python checkpoints/regenerate.py
 
-# The pictures of docs/gallery.md and README, of a published model; CIFAR10 may be a local copy.
+# The pictures of docs/gallery.md and README, of published models; CIFAR10 may be a local copy.
 CIFAR10 ?= uoft-cs/cifar10
 gallery: .venv/.installed
 	$(BIN)/ctrl-csc inspect --model checkpoints/ctrl-csc-cifar10 --image checkpoints/ctrl-csc-cifar10/examples/1.png \
 	    --dataset_name $(CIFAR10) --num_images 1000 --output docs/gallery
-	mkdir -p build
-	$(BIN)/python -c "import skimage; skimage.io.imsave('build/chelsea.png', skimage.data.chelsea())"
-	$(BIN)/ctrl-csc reconstruct build/chelsea.png --model checkpoints/ctrl-csc-cifar10 --tiles --output docs/photograph.png
+	$(BIN)/ctrl-csc reconstruct spaces/ctrl-csc/photograph.jpg --model checkpoints/ctrl-csc-tiny-imagenet --tiles \
+	    --output docs/photograph.png
 
 # The pages of the site, into site/index.html.
 docs: .venv/.installed

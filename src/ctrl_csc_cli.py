@@ -348,7 +348,8 @@ def demo(
     spaces = (package / "space", package.parents[1] / "spaces" / "ctrl-csc")
     loaded, processor = _load_model(model), _load_image_processor(model)
     try:
-        build = runpy.run_path(str(next(space for space in spaces if space.is_dir()) / "app.py"))["build"]
+        space = next(space for space in spaces if space.is_dir())
+        build = runpy.run_path(str(space / "app.py"))["build"]
         from ctrl_csc_hf import CtrlCscPipeline
         from ctrl_csc_hf.models.sampling import LatentSampler
     except ModuleNotFoundError as error:
@@ -363,7 +364,7 @@ def demo(
             server_name="127.0.0.1",
             server_port=port,
             max_file_size="10mb",
-            allowed_paths=[str(folder)],
+            allowed_paths=[str(folder), str(space)],
             prevent_thread_lock=True,
         )
     except OSError as error:

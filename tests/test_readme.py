@@ -47,7 +47,7 @@ def folder(tmp_path: Path) -> Path:
     for name in ("demo/model", "cifar10"):
         CtrlCscModel(config).save_pretrained(tmp_path / name)
         CtrlCscImageProcessor(image_size=32).save_pretrained(tmp_path / name)
-    for shared in ("checkpoints", "docs"):
+    for shared in ("checkpoints", "spaces"):
         (tmp_path / shared).symlink_to(ROOT / shared)
     (tmp_path / "demo" / "model" / "examples").mkdir()
     sampler = LatentSampler(torch.full((10,), 0.1), torch.eye(16)[:10], [torch.ones(1, 16)] * 10, torch.arange(10))

@@ -25,6 +25,7 @@ GAP = 1  # pixels between the maps of two atoms, and between samples
 SHOWN_ATOMS = 7
 SAMPLES = (4, 8)  # rows and columns
 ANY = "any"
+PHOTOGRAPH = str(Path(__file__).with_name("photograph.jpg"))  # scikit-image's cat, by Stéfan van der Walt, CC0
 
 
 def build(pipe: DiffusionPipeline, examples: list[str]) -> gr.Blocks:
@@ -78,7 +79,7 @@ def build(pipe: DiffusionPipeline, examples: list[str]) -> gr.Blocks:
                 image = _given("Your photograph", "photograph")
                 tiled = _shown("Reconstructed in its own size, in overlapping tiles", "tiled", 440, scale=2)
             figures = gr.Markdown(elem_id="tiled_figures")
-            offer(examples, [image])
+            offer([PHOTOGRAPH], [image])
             on([image.change], photograph, [image], [tiled, figures], "full")
         with gr.Tab("Look inside"):
             with gr.Row():
