@@ -21,7 +21,7 @@ def main() -> None:
             written = export(
                 AutoModel.from_pretrained(folder),
                 Path(scratch) / folder.name,
-                repo_id=f"ORGANIZATION/{folder.name}",
+                repo_id=f"checkpoints/{folder.name}",
                 checkpoint=folder,
                 license=ModelCard.load(folder / "README.md").data.license,
                 half=True,

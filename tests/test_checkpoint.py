@@ -29,7 +29,7 @@ def test_code_and_card_in_it_are_what_export_writes_today(checkpoint: Path, tmp_
     written = export(
         model,
         tmp_path / "out",
-        repo_id=f"ORGANIZATION/{checkpoint.name}",
+        repo_id=f"checkpoints/{checkpoint.name}",
         checkpoint=checkpoint,
         license=ModelCard.load(checkpoint / "README.md").data.license,
         half=True,

@@ -11,7 +11,9 @@ def in_tiles(function: Callable[[Tensor], Tensor], image: Tensor, size: int) -> 
     """An image by a function of squares, which are laid over it evenly and overlap by a quarter of their side or more.
 
     There their weights rise linearly from their borders and sum to 1, so that no seam is steeper than the tiles'
-    difference over a quarter of their side. A side shorter than a tile is continued by its last pixels.
+    difference over a quarter of their side. Tiles are at their worst at their borders, so an image larger than one is
+    continued by its outermost pixels, a quarter of a tile on each side, and cut out again. A side shorter than a tile
+    is continued likewise.
 
     Args:
         function: tiles (m, C, size, size) -> of the same shape, row by row.
@@ -22,7 +24,9 @@ def in_tiles(function: Callable[[Tensor], Tensor], image: Tensor, size: int) -> 
     """
     height, width = image.shape[1:]
     overlap = size // 4
-    padded = F.pad(image[None], (0, max(size - width, 0), 0, max(size - height, 0)), mode="replicate")[0]
+    margin = overlap if max(height, width) > size else 0
+    right, bottom = (margin + max(size - side - 2 * margin, 0) for side in (width, height))
+    padded = F.pad(image[None], (margin, right, margin, bottom), mode="replicate")[0]
     corners = [
         (top, left)
         for top in _starts(padded.shape[1], size, overlap)
@@ -37,7 +41,7 @@ def in_tiles(function: Callable[[Tensor], Tensor], image: Tensor, size: int) -> 
     for (top, left), tile in zip(corners, tiles, strict=True):
         total[:, top : top + size, left : left + size] += weights * tile
         shares[top : top + size, left : left + size] += weights
-    return (total / shares)[:, :height, :width].to(tiles.dtype)
+    return (total / shares)[:, margin : margin + height, margin : margin + width].to(tiles.dtype)
 
 
 def _starts(length: int, size: int, overlap: int) -> list[int]:

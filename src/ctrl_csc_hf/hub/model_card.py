@@ -28,11 +28,11 @@ GAME = (
     "Encoder and decoder play a game: the encoder raises dR(Z, Zh) = R(Z u Zh) - R(Z)/2 - R(Zh)/2, which tells the "
     "latents of images and of their reconstructions apart, the decoder lowers it"
 )
-# Of metrics.json: a figure's name, its name in the card, its metric type on the Hub, how it is written.
+# Of metrics.json: a figure's name, its name in the card, its metric type on the Hub, None of rivals, how it is written.
 FIGURES = {
     "psnr": ("PSNR, mean over images, dB", "psnr", "{:.2f}"),
-    "mean_image_psnr": ("PSNR of the mean image, dB", "mean_image_psnr", "{:.2f}"),
-    "pca_psnr": ("PSNR of PCA with as many numbers, dB", "pca_psnr", "{:.2f}"),
+    "mean_image_psnr": ("PSNR of the mean image, dB", None, "{:.2f}"),
+    "pca_psnr": ("PSNR of PCA with as many numbers, dB", None, "{:.2f}"),
     "match": ("nearest-latent match", "nearest_latent_match", "{:.1%}"),
     "rate": ("R(Z), nats", "coding_rate", "{:.2f}"),
     "reconstructed_rate": ("R(Zh), nats", "reconstructed_coding_rate", "{:.2f}"),
@@ -42,9 +42,9 @@ FIGURES = {
     "frechet_distance": ("Fréchet distance of reconstructions", "frechet_distance", "{:.2f}"),
     "kernel_distance": ("kernel distance of reconstructions", "kernel_distance", "{:.4f}"),
     "feature_cosine": ("cosine of features of an image and its reconstruction", "feature_cosine", "{:.3f}"),
-    "pca_frechet_distance": ("Fréchet distance of PCA", "pca_frechet_distance", "{:.2f}"),
-    "pca_kernel_distance": ("kernel distance of PCA", "pca_kernel_distance", "{:.4f}"),
-    "pca_feature_cosine": ("cosine of features, of PCA", "pca_feature_cosine", "{:.3f}"),
+    "pca_frechet_distance": ("Fréchet distance of PCA", None, "{:.2f}"),
+    "pca_kernel_distance": ("kernel distance of PCA", None, "{:.4f}"),
+    "pca_feature_cosine": ("cosine of features of an image and PCA's reconstruction", None, "{:.3f}"),
     "nonzero_1": ("active codes, stage 1", "active_codes_1", "{:.1%}"),
     "nonzero_2": ("active codes, stage 2", "active_codes_2", "{:.1%}"),
     "nonzero_3": ("active codes, stage 3", "active_codes_3", "{:.1%}"),
@@ -130,7 +130,7 @@ def model_card(
         compares_pixels = any(_values(settings, "pixel_error"))
     with _understood(checkpoint, METRICS):
         figures = [figure for figure in metrics.get("figures", []) if figure["name"] in FIGURES]
-        on_hub = [figure for figure in figures if figure["dataset"] is not None]
+        on_hub = [figure for figure in figures if figure["dataset"] is not None and FIGURES[figure["name"]][1]]
         results, eval_results = _groups(figures), [_eval_result(figure) for figure in on_hub]
     grid, examples = (pictures[0], pictures[1:]) if pictures else (None, [])
     card_data = ModelCardData(
@@ -196,12 +196,14 @@ def _groups(figures: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def _eval_result(figure: dict[str, Any]) -> EvalResult:
+    metric_type = FIGURES[figure["name"]][1]
+    assert metric_type is not None
     return EvalResult(
         task_type=TASK,
         dataset_type=figure["dataset"],
         dataset_name=figure["dataset"].split("/")[-1],
         dataset_split=figure["split"],
-        metric_type=FIGURES[figure["name"]][1],
+        metric_type=metric_type,
         metric_name=_label(figure),
         metric_value=figure["value"],
     )
