@@ -41,6 +41,15 @@ def module_and_inputs(model: CtrlCscModel, part: str) -> tuple[torch.nn.Module, 
     return model if part == "model" else model.encoder, "pixel_values", images
 
 
+@pytest.mark.parametrize("part", ["encoder", "decoder", "model"])
+def test_a_traced_module_gives_the_same_for_any_number_of_images(model, part):
+    module, _, inputs = module_and_inputs(model, part)
+    traced = torch.jit.trace(module, inputs[2], strict=False)  # with gradients enabled, as users do
+    for value in inputs.values():
+        for key, expected in module(value).items():
+            torch.testing.assert_close(traced(value)[key], expected)
+
+
 @pytest.mark.parametrize("batch", [Dim("batch"), Dim.DYNAMIC], ids=["named", "dynamic"])
 @pytest.mark.parametrize("part", ["encoder", "decoder", "model"])
 def test_an_exported_program_gives_the_same_for_any_number_of_images(model, part, batch, tmp_path):

@@ -600,6 +600,7 @@ def test_ctrl_c_saves_a_checkpoint_from_which_the_run_goes_on(
         (("--resume_from_checkpoint", "latest"), "there is no checkpoint in"),
         (("--image_column", "picture"), "image_column must be one of .*image.*, got 'picture'"),
         (("--resolution", "3"), "image_size=3 is not allowed: it must be at least 4"),
+        (("--resolution", "75", "--config", "cifar10"), "resolution must be even and at least 4, got 75"),
         (("--validation_split", "train[:50%]"), "must have no image of the split to train on"),
         (("--train_split", "nothing"), "nothing"),
         (("--lr_scheduler", "reduce_lr_on_plateau"), "lr_scheduler must be one of .*'linear'.*, got 'reduce_lr"),

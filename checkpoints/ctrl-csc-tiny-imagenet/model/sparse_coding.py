@@ -281,7 +281,8 @@ class ConvolutionalSparseCoding(ConvolutionalDictionary):
             signal, atoms, geometry = self._blocks(signal), F.pixel_unshuffle(atoms, self.stride), (1, 0, [0, 0])
         problem = (geometry, known, self.step_size * self.operator_norm.pow(-2), sparsity, self.ridge, self.nonnegative)
         differentiated = torch.is_grad_enabled() and (signal.requires_grad or atoms.requires_grad)
-        if torch.compiler.is_compiling() or not differentiated:  # the compiler finds the gradient itself
+        # A compiler and a tracer take the steps one by one, and find their gradient themselves.
+        if torch.compiler.is_compiling() or torch.jit.is_tracing() or not differentiated:
             return _Fista(atoms, *problem).run(signal, num_iterations)
         return _Fista(atoms.detach(), *problem).run_differentiably(signal, atoms, num_iterations)
 

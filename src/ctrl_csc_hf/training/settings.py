@@ -282,7 +282,10 @@ def parse_settings(arguments: list[str] | None = None) -> tuple[TrainingSettings
                 model[name] = [*value, *value[-1:] * stages][:stages]
         return settings, CtrlCscConfig(**model)
     except (TypeError, ValueError) as error:
-        raise ValueError(f"the model of {chosen.config}: {' '.join(str(error).split())}") from error
+        reason = f"the model of {chosen.config}: {' '.join(str(error).split())}"
+        if "stage_channels" not in model:  # the size has chosen them
+            reason = f"resolution must be even and at least 4, got {settings.resolution}; {reason}"
+        raise ValueError(reason) from error
 
 
 def _is_of(value: Any, types: tuple[type, ...]) -> bool:
