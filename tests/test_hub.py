@@ -232,6 +232,11 @@ def test_the_checkpoints_own_image_processor_is_published(tmp_path: Path) -> Non
         ({"repo_id": "org/na me"}, "new", "'org/na me'"),
         ({}, "file", "folder must be a folder or not exist, got .*file"),
         ({}, "checkpoint", "folder must be another one than the checkpoint's, got .*checkpoint"),
+        (
+            {"checkpoint": "state"},
+            "new",
+            "state is a state of a run, not its model: end the run there, by train.py with",
+        ),
     ],
 )
 def test_what_cannot_be_written_is_said_before_anything_is(
@@ -240,9 +245,12 @@ def test_what_cannot_be_written_is_said_before_anything_is(
     model = trained_model(False)
     checkpoint = a_checkpoint(tmp_path / "checkpoint", model)
     (tmp_path / "file").touch()
+    (tmp_path / "state").mkdir()
+    (tmp_path / "state" / "training_state.json").touch()
     before = files(tmp_path)
+    of = tmp_path / keywords.pop("checkpoint", checkpoint.name)
     with pytest.raises(ValueError, match=message):
-        export(model, tmp_path / folder, checkpoint=checkpoint, **keywords)
+        export(model, tmp_path / folder, checkpoint=of, **keywords)
     assert files(tmp_path) == before
 
 
@@ -419,19 +427,23 @@ FLAGS = r"license \(--license or --hub_license\)", r"private \(--private, --publ
 
 
 TERMS = [
-    (("org/open", None, None), r"\('cc-by-4.0', False\)"),
-    (("org/gated", None, None), r"\('other', True\)"),
-    (("org/private", None, None), r"\('mit', True\)"),
-    (("org/private", "gpl-3.0", False), r"\('gpl-3.0', False\)"),  # what is given holds
-    (("org/unknown", None, None), f"{FLAGS[0]} must be given, as the data set org/unknown has the licence 'unknown'"),
-    (("org/several", None, True), rf"{FLAGS[0]} must be given, .* has the licence \['mit', 'other'\]"),
-    (("org/bare", None, None), f"{FLAGS[0]} must be given, as the data set org/bare has the licence None"),
-    (("org/unknown", "mit", None), r"\('mit', False\)"),
-    ((None, "mit", True), r"\('mit', True\)"),
-    ((None, None, None), f"{FLAGS[0]} and {FLAGS[1]} must be given to publish a model of local data"),
-    ((None, "mit", None), f"{FLAGS[1]} must be given to publish a model of local data"),
-    ((None, None, True), f"{FLAGS[0]} must be given to publish a model of local data"),
-    ((None, "cc-by-nd-9.0", True), rf"{FLAGS[0]} must be one that the Hub lists, got 'cc-by-nd-9\.0': see .*"),
+    ((["org/open"], None, None), r"\('cc-by-4.0', False\)"),
+    ((["org/gated"], None, None), r"\('other', True\)"),
+    ((["org/private"], None, None), r"\('mit', True\)"),
+    ((["org/private"], "gpl-3.0", False), r"\('gpl-3.0', False\)"),  # what is given holds
+    ((["org/unknown"], None, None), f"{FLAGS[0]} must be given, as the data set org/unknown has the licence 'unknown'"),
+    ((["org/several"], None, True), rf"{FLAGS[0]} must be given, .* has the licence \['mit', 'other'\]"),
+    ((["org/bare"], None, None), f"{FLAGS[0]} must be given, as the data set org/bare has the licence None"),
+    ((["org/unknown"], "mit", None), r"\('mit', False\)"),
+    (([None], "mit", True), r"\('mit', True\)"),
+    (([None], None, None), f"{FLAGS[0]} and {FLAGS[1]} must be given to publish a model of local data"),
+    (([None], "mit", None), f"{FLAGS[1]} must be given to publish a model of local data"),
+    (([None], None, True), f"{FLAGS[0]} must be given to publish a model of local data"),
+    (([None], "cc-by-nd-9.0", True), rf"{FLAGS[0]} must be one that the Hub lists, got 'cc-by-nd-9\.0': see .*"),
+    ((["org/open", "org/private"], "mit", None), r"\('mit', True\)"),  # the stricter of two
+    ((["org/open", "org/open"], None, None), r"\('cc-by-4.0', False\)"),
+    ((["org/open", "org/private"], None, None), f"{FLAGS[0]} must be given, as the data sets have several: .*"),
+    ((["org/open", None], None, None), f"{FLAGS[0]} and {FLAGS[1]} must be given to publish a model of local data"),
 ]  # fmt: skip
 
 

@@ -211,8 +211,29 @@ def test_what_a_resumed_run_did_before_is_not_denied(
 def test_a_model_that_has_not_played_the_game_does_not_claim_it(checkpoint: Path) -> None:
     change_settings(checkpoint, max_train_steps=0)
     card = card_of(checkpoint)
-    assert "Fitted as an autoencoder, without the game" in card
-    assert "No loss of the game" not in card and "the encoder minimises" not in card
+    assert "; none of the game." in card and "Not trained" not in card
+    assert "No loss of the game" not in card and "the encoder minimises" not in card and "- Adam" not in card
+    change_settings(checkpoint, max_train_steps=0, energy_warmup_steps=0, deconvolution_warmup_steps=0)
+    assert "Not trained" in card_of(checkpoint)
+
+
+def test_the_card_of_a_model_that_goes_on_from_another_tells_of_both(checkpoint: Path) -> None:
+    imagenet = {
+        "hub_dataset_id": "ILSVRC/imagenet-1k",
+        "objective": "multi",
+        "pixel_error": 50.0,
+        "train_data_dir": "/a",
+    }
+    start = {"pretrained_model_name_or_path": "/secret/model", "pixel_error": 0.0}
+    change_settings(checkpoint, earlier_runs=[imagenet], **start)
+    card = card_of(checkpoint)
+    assert metadata(card)["datasets"] == [CIFAR10, "ILSVRC/imagenet-1k"]
+    assert (
+        "`ILSVRC/imagenet-1k`, for non-commercial research" in card and "stereotypes" in card and "secret" not in card
+    )
+    assert "J alone uses labels" in card and "No loss of the game" not in card
+    change_settings(checkpoint, max_train_steps=0)
+    assert "J alone uses labels" in card_of(checkpoint)
 
 
 def test_the_text_tells_settings_results_and_limits(repository: Path) -> None:

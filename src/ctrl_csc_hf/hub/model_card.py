@@ -123,11 +123,12 @@ def model_card(
     settings, metrics = public_settings(checkpoint), public_metrics(checkpoint)
     continued = bool(_read(checkpoint, SETTINGS).get("pretrained_model_name_or_path"))
     with _understood(checkpoint, SETTINGS):
-        dataset = settings.get("hub_dataset_id") or ""
-        dataset_licence, biases = LICENCES.get(dataset), BIASES.get(dataset, OTHER_BIASES)
-        game, warmup = _game(settings) if settings else GAME, _warmup(settings)
-        labelled = "multi" in _values(settings, "objective")
-        compares_pixels = any(_values(settings, "pixel_error"))
+        runs = [settings, *settings.get(EARLIER_RUNS, [])]
+        ids = list(dict.fromkeys(run.get("hub_dataset_id") or "" for run in runs))
+        played = [run for run in runs if run.get("max_train_steps") != 0]  # a checkpoint without records counts, too
+        game, warmup = _game(played[0]) if played and settings else GAME, _warmup(settings)
+        labelled = any("multi" in _values(run, "objective") for run in played)
+        compares_pixels = any(any(_values(run, "pixel_error")) for run in played)
     with _understood(checkpoint, METRICS):
         figures = [figure for figure in metrics.get("figures", []) if figure["name"] in FIGURES]
         on_hub = [figure for figure in figures if figure["dataset"] is not None and FIGURES[figure["name"]][1]]
@@ -137,7 +138,7 @@ def model_card(
         license=license,
         library_name="transformers",
         pipeline_tag=TASK,
-        datasets=[dataset] if dataset else None,
+        datasets=[dataset for dataset in ids if dataset] or None,
         tags=["ctrl-csc", "sparse-coding", "closed-loop-transcription", "rate-reduction", "autoencoder"],
         model_name=repo_id.split("/")[-1] if on_hub else None,  # of model-index alone
         eval_results=eval_results or None,
@@ -163,11 +164,25 @@ def model_card(
         warmup=warmup,
         continued=continued,
         settings=settings,
-        dataset=f"`{dataset}`" if dataset else "local images",
-        dataset_licence=dataset_licence,
+        played=bool(played),
+        dataset=" and ".join(_described(dataset) for dataset in ids),
         results=results,
-        biases=biases,
+        biases=" ".join(dict.fromkeys(BIASES.get(dataset, OTHER_BIASES) for dataset in ids)),
     )
+
+
+def training_datasets(settings: dict[str, Any]) -> list[str | None]:
+    """The Hub ids of the images of all runs that made a model, by `public_settings`; None for local or unknown ones."""
+    earlier = settings.get(EARLIER_RUNS, [])
+    ids = [run.get("hub_dataset_id") for run in (settings, *earlier)]
+    is_unknown = bool(settings.get("pretrained_model_name_or_path")) and not earlier
+    return list(dict.fromkeys([*ids, *[None] * is_unknown]))
+
+
+def _described(dataset: str) -> str:
+    """A data set's name with its licence, where it is known."""
+    name = f"`{dataset}`" if dataset else "local images"
+    return f"{name}, {LICENCES[dataset]}" if dataset in LICENCES else name
 
 
 def _groups(figures: list[dict[str, Any]]) -> list[dict[str, Any]]:

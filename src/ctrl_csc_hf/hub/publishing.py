@@ -2,10 +2,12 @@
 
 import json
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from huggingface_hub import HfApi, ModelCard
+from huggingface_hub import HfApi, ModelCard, RepoUrl
+from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -18,7 +20,16 @@ from ..models.repository_ctrl_csc import CARD_TAG, RECORDS, save_repository
 from ..models.repository_ctrl_csc import SAMPLER as SAMPLER
 from ..models.repository_ctrl_csc import save_sampler as save_sampler
 from ..models.sampling import LatentSampler
-from .model_card import FIGURE, METRICS, MODEL_CARDS, SETTINGS, model_card, public_metrics, public_settings
+from .model_card import (
+    FIGURE,
+    METRICS,
+    MODEL_CARDS,
+    SETTINGS,
+    model_card,
+    public_metrics,
+    public_settings,
+    training_datasets,
+)
 from .records import DAMAGED, readable
 
 GRID = "reconstructions.png"
@@ -72,6 +83,7 @@ def export(
     if checkpoint is not None:
         pictures = [GRID, *sorted(f"examples/{path.name}" for path in checkpoint.glob("examples/*.png"))]
         pictures = [name for name in pictures if (checkpoint / name).is_file()]
+        _check_finished(checkpoint)
     card = model_card(model, repo_id, checkpoint, pictures, license)
     save_repository(folder, model, image_processor, sampler or _sampler(checkpoint))
     if half:
@@ -119,17 +131,12 @@ def publish(
         ValueError: as `publication_terms`, and if the repository must be private and is public.
     """
     model = CtrlCscModel.from_pretrained(checkpoint)
-    license, private = publication_terms(public_settings(Path(checkpoint)).get("hub_dataset_id"), license, private)
-    api = HfApi()
-    repository = api.create_repo(repo_id, private=private, exist_ok=True)
-    if private and not api.model_info(repository.repo_id).private:
-        raise ValueError(
-            f"private is {private}, but the repository {repository.repo_id} is public: make it private on the Hub, or "
-            "publish with private=False"
-        )
+    _check_finished(Path(checkpoint))
+    license, private = publication_terms(training_datasets(public_settings(Path(checkpoint))), license, private)
+    repository = make_repository(repo_id, private)
     with TemporaryDirectory() as folder:
         export(model, folder, repo_id=repository.repo_id, checkpoint=checkpoint, license=license, half=half)
-        api.upload_folder(
+        HfApi().upload_folder(
             repo_id=repository.repo_id,
             folder_path=folder,
             delete_patterns=list(REPLACED),
@@ -138,37 +145,58 @@ def publish(
     return str(repository)
 
 
-def publication_terms(dataset_id: str | None, license: str | None, private: bool | None) -> tuple[str, bool]:
-    """Licence and visibility of a model: what is None follows from the data set that it was trained on.
+def make_repository(repo_id: str, private: bool) -> RepoUrl:
+    """The repository of a model, which is made if it does not exist.
+
+    Raises:
+        ValueError: for a name that is none, and if it must be private and is public.
+    """
+    try:
+        repository = HfApi().create_repo(repo_id, private=private, exist_ok=True)
+    except HFValidationError as error:
+        raise ValueError(f"repo_id (--repo_id or --hub_model_id) is no name of a repository: {error}") from error
+    if private and not HfApi().model_info(repository.repo_id).private:
+        raise ValueError(
+            f"private is {private}, but the repository {repository.repo_id} is public: make it private on the Hub, or "
+            "publish with private=False (--public or --hub_private_repo False)"
+        )
+    return repository
+
+
+def publication_terms(datasets: Sequence[str | None], license: str | None, private: bool | None) -> tuple[str, bool]:
+    """Licence and visibility of a model: what is None follows from the data sets that it was trained on.
 
     Args:
-        dataset_id: the training data's id on the Hub, None if they are local.
-        license: None for the data set's own.
-        private: None for private if the data set is private or gated, else public.
+        datasets: their ids on the Hub, None for one that is local or unknown; see `training_datasets`.
+        license: None for the data sets' own.
+        private: None for private if one of the data sets is private or gated, else public.
 
     Returns:
         The licence, and whether the repository is private.
 
     Raises:
-        ValueError: if local data leave one of them open, if the data set has no licence that could be taken, and for a
-            licence that the Hub does not list.
+        ValueError: if local data leave one of them open, if the data sets have no licence that could be taken, or
+            several, and for a licence that the Hub does not list.
     """
     flags = {
         "license (--license or --hub_license)": license,
         "private (--private, --public or --hub_private_repo)": private,
     }
     missing = [name for name, value in flags.items() if value is None]
-    if missing and dataset_id is None:
+    if missing and None in datasets:
         raise ValueError(f"{' and '.join(missing)} must be given to publish a model of local data")
     if missing:
-        dataset = HfApi().dataset_info(str(dataset_id))
+        infos = {dataset: HfApi().dataset_info(str(dataset)) for dataset in datasets}
         if private is None:
-            private = bool(dataset.private or dataset.gated)
+            private = any(info.private or info.gated for info in infos.values())
         if license is None:
-            found = dataset.card_data.license if dataset.card_data else None
-            if not isinstance(found, str) or found == "unknown":
-                raise ValueError(f"{missing[0]} must be given, as the data set {dataset_id} has the licence {found!r}")
-            license = found
+            licences = {dataset: info.card_data.license if info.card_data else None for dataset, info in infos.items()}
+            for dataset, found in licences.items():
+                if not isinstance(found, str) or found == "unknown":
+                    raise ValueError(f"{missing[0]} must be given, as the data set {dataset} has the licence {found!r}")
+            if len(set(licences.values())) > 1:
+                raise ValueError(f"{missing[0]} must be given, as the data sets have several: {licences}")
+            license = str(next(iter(licences.values())))
     assert license is not None and private is not None
     try:
         ModelCard(f"---\nlicense: {json.dumps(license)}\n---\n").validate()
@@ -178,6 +206,15 @@ def publication_terms(dataset_id: str | None, license: str | None, private: bool
             "https://huggingface.co/docs/hub/repositories-licenses"
         ) from error
     return license, private
+
+
+def _check_finished(checkpoint: Path) -> None:
+    """Refuses a state of a run, whose settings tell of steps that were not made and whose weights were not averaged."""
+    if (checkpoint / "training_state.json").is_file():
+        raise ValueError(
+            f"{checkpoint} is a state of a run, not its model: end the run there, by train.py with "
+            f"--resume_from_checkpoint {checkpoint} and --max_train_steps of the step that it has reached"
+        )
 
 
 def _store_in_half(path: Path) -> None:

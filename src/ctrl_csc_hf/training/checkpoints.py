@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from huggingface_hub import hf_hub_download
-from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+from huggingface_hub.errors import EntryNotFoundError, HFValidationError, LocalEntryNotFoundError
 from torch import Tensor
 
 from ctrl_csc_hf.hub import records
@@ -127,6 +127,10 @@ def training_runs(model: str) -> list[dict[str, Any]]:
             ) from error
         except EntryNotFoundError:
             return []
+        except HFValidationError as error:
+            raise ValueError(
+                f"a model must be a folder or a Hub repository, got {model!r}, which is neither"
+            ) from error
     if not path.exists():
         return []
     with records.readable(path, "remove it, and the model is measured without what is known of its training"):

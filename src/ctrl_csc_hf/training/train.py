@@ -15,12 +15,11 @@ import torch
 import torch._functorch.config as functorch_config
 from accelerate import Accelerator
 from accelerate.utils import ProjectConfiguration, set_seed
-from huggingface_hub import HfApi
 from transformers import AutoModel, PreTrainedConfig
 
 from ctrl_csc_hf import CtrlCscConfig, CtrlCscModel
-from ctrl_csc_hf.hub.model_card import EARLIER_RUNS, SETTINGS
-from ctrl_csc_hf.hub.publishing import publication_terms, publish
+from ctrl_csc_hf.hub.model_card import EARLIER_RUNS, SETTINGS, training_datasets
+from ctrl_csc_hf.hub.publishing import make_repository, publication_terms, publish
 from ctrl_csc_hf.hub.records import read_object
 from ctrl_csc_hf.latents.encoding import find_columns
 from ctrl_csc_hf.objectives.rate_reduction import SMALL_CLASS
@@ -40,18 +39,18 @@ def main(settings: TrainingSettings, config: CtrlCscConfig) -> Path:
     """Trains and returns the folder of the model."""
     accelerator = start_processes(settings)
     output_dir = Path(settings.output_dir)
-    if settings.push_to_hub and accelerator.is_main_process:  # what the Hub refuses is refused before the first step
-        license, private = publication_terms(settings.hub_dataset_id, settings.hub_license, settings.hub_private_repo)
-        repository = settings.hub_model_id or output_dir.resolve().name
-        repository = HfApi().create_repo(repository, private=private, exist_ok=True).repo_id
     checkpoint = checkpoint_to_resume(output_dir, settings.resume_from_checkpoint)
+    earlier_runs = runs_before(settings, checkpoint)
+    if settings.push_to_hub and accelerator.is_main_process:  # what the Hub refuses is refused before the first step
+        datasets = training_datasets(asdict(settings) | {EARLIER_RUNS: earlier_runs})
+        license, private = publication_terms(datasets, settings.hub_license, settings.hub_private_repo)
+        repository = make_repository(settings.hub_model_id or output_dir.resolve().name, private).repo_id
     output_dir.mkdir(parents=True, exist_ok=True)
 
     # Players f and g, images x
     set_seed(settings.seed)  # the same weights on all processes
     model = make_model(settings, config, checkpoint)
     set_seed(settings.seed, device_specific=True)
-    earlier_runs = runs_before(settings, checkpoint)
     ranks = accelerator.process_index, accelerator.num_processes
     stream, images = load_data(settings, model.config, earlier_runs, *ranks)
     loader = ImageLoader(
