@@ -282,7 +282,8 @@ class ConvolutionalSparseCoding(ConvolutionalDictionary):
         problem = (geometry, known, self.step_size * self.operator_norm.pow(-2), sparsity, self.ridge, self.nonnegative)
         differentiated = torch.is_grad_enabled() and (signal.requires_grad or atoms.requires_grad)
         # A compiler and a tracer take the steps one by one, and find their gradient themselves.
-        if torch.compiler.is_compiling() or torch.jit.is_tracing() or not differentiated:
+        tracing = torch.jit.is_tracing()  # type: ignore[attr-defined]
+        if torch.compiler.is_compiling() or tracing or not differentiated:
             return _Fista(atoms, *problem).run(signal, num_iterations)
         return _Fista(atoms.detach(), *problem).run_differentiably(signal, atoms, num_iterations)
 
