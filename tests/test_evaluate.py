@@ -115,16 +115,19 @@ def test_evaluation_measures_the_model_and_its_rivals_on_the_same_images(
     figures = {figure["name"]: figure for figure in saved["figures"] if figure["dataset"] is None}
     names = ("a local ResNetForImageClassification", "a local MobileNetV2ForImageClassification")
     features = {(f["name"], f["feature_model"]): f for f in saved["figures"] if f["feature_model"]}
-    assert set(features) == set(product(("frechet_distance", "kernel_distance", "feature_cosine"), names))
+    distances = ("frechet_distance", "kernel_distance", "feature_cosine")
+    assert set(features) == set(product((*distances, *(f"pca_{name}" for name in distances)), names))
+    pca = results["PCA, 8 numbers"]
+    assert figures["pca_psnr"]["value"] == pca["psnr"]
     measured = {"dataset": None, "split": "train", "measured_by": "training/evaluate.py"}
-    assert len(saved["figures"]) == len(figures) + 3 + len(
-        unseen
-    )  # those of train.py, of the same images, are replaced
+    # Those of train.py, of the same images, are replaced.
+    assert len(saved["figures"]) == len(figures) + 2 * len(distances) + len(unseen)
     assert figures["psnr"] == measured | {
         "name": "psnr", "value": results["CTRL-CSC"]["psnr"], "num_images": 8, "feature_model": None
     }  # fmt: skip
     for (name, model_name), figure in features.items():
-        value = results["CTRL-CSC"][f"{name}, features of {model_name}"]
+        column = pca if name.startswith("pca_") else results["CTRL-CSC"]
+        value = column[f"{name.removeprefix('pca_')}, features of {model_name}"]
         assert figure == measured | {"name": name, "value": value, "num_images": 6, "feature_model": model_name}
     x = evaluate.load_data(settings(model=str(model)), 16).test[:6]
     features = VisionFeatures(tmp_path / "resnet", 32)

@@ -73,7 +73,7 @@ def export(
     if readme.is_file() and CARD_TAG not in readme.read_text(encoding="utf-8", errors="replace"):
         raise ValueError(f"folder must not hold {readme}, which is no card of this package: name another, or move it")
     checkpoint = None if checkpoint is None else Path(checkpoint)
-    validate_repo_id(repo_id)
+    _check_name(repo_id)
     if "/" not in repo_id:
         raise ValueError(f"repo_id must be ORGANIZATION/NAME, got {repo_id!r}")
     if checkpoint is not None and folder.resolve() == checkpoint.resolve():
@@ -132,6 +132,7 @@ def publish(
     """
     model = CtrlCscModel.from_pretrained(checkpoint)
     _check_finished(Path(checkpoint))
+    _check_name(repo_id)
     license, private = publication_terms(training_datasets(public_settings(Path(checkpoint))), license, private)
     repository = make_repository(repo_id, private)
     with TemporaryDirectory() as folder:
@@ -151,10 +152,8 @@ def make_repository(repo_id: str, private: bool) -> RepoUrl:
     Raises:
         ValueError: for a name that is none, and if it must be private and is public.
     """
-    try:
-        repository = HfApi().create_repo(repo_id, private=private, exist_ok=True)
-    except HFValidationError as error:
-        raise ValueError(f"repo_id (--repo_id or --hub_model_id) is no name of a repository: {error}") from error
+    _check_name(repo_id)
+    repository = HfApi().create_repo(repo_id, private=private, exist_ok=True)
     if private and not HfApi().model_info(repository.repo_id).private:
         raise ValueError(
             f"private is {private}, but the repository {repository.repo_id} is public: make it private on the Hub, or "
@@ -206,6 +205,13 @@ def publication_terms(datasets: Sequence[str | None], license: str | None, priva
             "https://huggingface.co/docs/hub/repositories-licenses"
         ) from error
     return license, private
+
+
+def _check_name(repo_id: str) -> None:
+    try:
+        validate_repo_id(repo_id)
+    except HFValidationError as error:
+        raise ValueError(f"repo_id (--repo_id or --hub_model_id) is no name of a repository: {error}") from error
 
 
 def _check_finished(checkpoint: Path) -> None:
