@@ -21,9 +21,9 @@ DEMO = Path(__file__).parents[1] / "training" / "demo.py"
 
 @pytest.fixture(scope="module")
 def demo(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
-    """The folder of a demo of 150 steps, and what it printed."""
+    """The folder of a demo of few steps, and what it printed."""
     folder = tmp_path_factory.mktemp("demo")
-    short = ["--max_train_steps", "150", "--lr_scheduler", "constant"]
+    short = ["--energy_warmup_steps", "50", "--deconvolution_warmup_steps", "100", "--max_train_steps", "50"]
     command = [sys.executable, str(DEMO), "--folder", str(folder), *short]
     environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
     result = subprocess.run(command, capture_output=True, text=True, env=environment)

@@ -126,7 +126,7 @@ def test_training_and_evaluation_commands_run_on_local_copies(folder: Path, cifa
             "--deconvolution_warmup_steps=1",
             "--use_ema=false",
         ],
-        "evaluate": ["--num_images=100", "--num_frechet_images=100"],
+        "evaluate": ["--num_images=20", "--num_probe_images=100"],
     }
     for split in ("train", "test"):
         part = datasets.load_dataset(cifar10, split=split, streaming=True).take(500)
