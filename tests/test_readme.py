@@ -31,11 +31,6 @@ from ctrl_csc_hf.models.sampling import LatentSampler
 ROOT = Path(__file__).parents[1]
 README = "\n".join((ROOT / page).read_text(encoding="utf-8") for page in ("README.md", "docs/use.md"))
 PYTHON_PAGES = ("README.md", "docs/use.md", "docs/metrics.md", "docs/start.md", "docs/train.md", "docs/how.md")
-PYTHON = [
-    block
-    for page in PYTHON_PAGES
-    for block in re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(encoding="utf-8"), re.DOTALL)
-]
 COMMANDS = [line for block in re.findall(r"```bash\n(.*?)```", README, re.DOTALL) for line in block.splitlines()]
 
 
@@ -66,9 +61,10 @@ def run(command: list[str], folder: Path) -> subprocess.CompletedProcess:
     return result
 
 
-@pytest.mark.parametrize("index", range(len(PYTHON)))
-def test_python_block_runs(index: int, folder: Path) -> None:
-    run([sys.executable, "-c", PYTHON[index]], folder)
+@pytest.mark.parametrize("page", PYTHON_PAGES)
+def test_python_blocks_run_each_by_itself(page: str, folder: Path) -> None:
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(encoding="utf-8"), re.DOTALL)
+    run([sys.executable, "-c", "import sys\nfor block in sys.argv[1:]: exec(block, {})", *blocks], folder)
 
 
 def test_the_two_commands_are_the_first_thing_and_make_knows_them() -> None:
