@@ -222,15 +222,15 @@ def test_the_card_of_a_model_that_goes_on_from_another_tells_of_both(checkpoint:
         "hub_dataset_id": "ILSVRC/imagenet-1k",
         "objective": "multi",
         "pixel_error": 50.0,
-        "train_data_dir": "/a",
+        "train_data_dir": "/secret/images",
     }
     start = {"pretrained_model_name_or_path": "/secret/model", "pixel_error": 0.0}
     change_settings(checkpoint, earlier_runs=[imagenet], **start)
     card = card_of(checkpoint)
     assert metadata(card)["datasets"] == [CIFAR10, "ILSVRC/imagenet-1k"]
-    assert (
-        "`ILSVRC/imagenet-1k`, for non-commercial research" in card and "stereotypes" in card and "secret" not in card
-    )
+    assert "`ILSVRC/imagenet-1k`, for non-commercial research" in card and "stereotypes" in card
+    published = public_settings(checkpoint)
+    assert published["earlier_runs"][0]["pixel_error"] == 50.0 and "secret" not in json.dumps(published) + card
     assert "J alone uses labels" in card and "No loss of the game" not in card
     change_settings(checkpoint, max_train_steps=0)
     assert "J alone uses labels" in card_of(checkpoint)

@@ -283,7 +283,7 @@ def parse_settings(arguments: list[str] | None = None) -> tuple[TrainingSettings
         return settings, CtrlCscConfig(**model)
     except (TypeError, ValueError) as error:
         reason = f"the model of {chosen.config}: {' '.join(str(error).split())}"
-        if "stage_channels" not in model:  # the size has chosen them
+        if settings.resolution and (settings.resolution % 2 or settings.resolution < 4):
             reason = f"resolution must be even and at least 4, got {settings.resolution}; {reason}"
         raise ValueError(reason) from error
 
